@@ -1,0 +1,372 @@
+package policy
+
+import (
+	"net/netip"
+	"slices"
+)
+
+// Decide returns the decision for r. The source's most specific prefix chooses
+// the group; within it any deny beats every allow, whatever their order. What no
+// rule matches is denied. Facts of r that are not known yet (zero) do not fail a
+// rule: callers ask again when they know more.
+//
+// Decide performs no I/O, does not allocate and is safe for concurrent use.
+func (p *Policy) Decide(r Request) Decision {
+	e := eval{p: p, r: r}
+	return e.decide()
+}
+
+// eval is one evaluation of a Request. It lives on the stack.
+type eval struct {
+	p *Policy
+	r Request
+	g *group
+
+	allow, guard, deny found
+	fail               found  // the allow rule that came closest
+	stage              stage  // how close
+	reason             Reason // why it failed
+	inspect            Inspect
+	privateNamed       bool // an allow rule that covers the name names Destination's prefix
+	look               bool // a deny rule waits for the protocol to be known
+
+	trace *[]Candidate // for Explain; nil otherwise
+}
+
+// found is a rule that matched. Of several, the one whose ID sorts first is kept.
+type found struct {
+	ok bool
+	id string
+}
+
+func (f *found) offer(id string) {
+	if !f.ok || id < f.id {
+		f.ok, f.id = true, id
+	}
+}
+
+// stage orders the ways in which an allow rule can fail to match, by how much of
+// the request it agreed to before.
+type stage uint8
+
+const (
+	stageNone stage = iota
+	stagePort
+	stageProtocol
+	stageExpired
+	stageTLS
+	stagePrivate
+)
+
+// decide answers the request of e.
+func (e *eval) decide() Decision {
+	r := &e.r
+	r.Source = r.Source.Unmap().WithZone("")
+	r.Destination = r.Destination.Unmap().WithZone("")
+	d := Decision{Reason: ReasonUnmatchedSource, Revision: e.p.revision}
+	i, ok := e.p.group(r.Source)
+	if !ok {
+		return d
+	}
+	e.g = &e.p.groups[i]
+	d.Group, d.Mode = e.g.name, e.g.modeAt(r.Time)
+
+	e.collect(r.Name, r.Address)
+	if r.Destination.IsValid() {
+		e.collectDestination()
+	}
+	if r.TLS.Seen && !r.TLS.SNI.IsZero() && r.TLS.SNI != r.Name {
+		e.collectSNI()
+	}
+	e.verdict(&d)
+	return d
+}
+
+// group returns the index of the group for src.
+func (p *Policy) group(src netip.Addr) (int, bool) {
+	if src.IsValid() {
+		if i, ok := p.sources.Lookup(src); ok {
+			return int(i), true
+		}
+	}
+	return p.unmatched, p.unmatched >= 0
+}
+
+// collect considers every rule that covers the name, or else the literal address.
+func (e *eval) collect(n Name, a netip.Addr) {
+	if !n.IsZero() {
+		e.p.names.match(n.s, e)
+		return
+	}
+	if a = a.Unmap().WithZone(""); a.IsValid() {
+		if refs, ok := e.p.addresses.Lookup(a); ok {
+			e.consider(hit{refs: refs})
+		}
+	}
+}
+
+// collectDestination considers the deny rules whose addresses hold Destination:
+// a name does not take a denied address out of reach of the rule.
+func (e *eval) collectDestination() {
+	refs, ok := e.p.addresses.Lookup(e.r.Destination)
+	if !ok {
+		return
+	}
+	for _, ref := range e.p.postings.sets[refs] {
+		if rule := &e.p.rules[ref.rule]; rule.deny && e.owns(ref.owner) && e.denies(rule) {
+			e.offerDeny(ref.owner, rule.id)
+		}
+	}
+}
+
+// collectSNI considers the deny rules for a server_name that is not the name asked for.
+func (e *eval) collectSNI() {
+	inner := eval{p: e.p, r: e.r, g: e.g}
+	inner.collect(e.r.TLS.SNI, netip.Addr{})
+	if inner.guard.ok {
+		e.guard.offer(inner.guard.id)
+	}
+	if inner.deny.ok {
+		e.deny.offer(inner.deny.id)
+	}
+}
+
+// verdict turns what was found into the answer.
+func (e *eval) verdict(d *Decision) {
+	private := e.r.Destination.IsValid() && !e.privateNamed && !IsGlobal(e.r.Destination)
+	switch {
+	case e.guard.ok:
+		d.Reason, d.Rule = ReasonExplicitDeny, e.guard.id
+		return // guardrails hold in every mode
+	case e.deny.ok:
+		d.Reason, d.Rule = ReasonExplicitDeny, e.deny.id
+	case e.allow.ok:
+		d.Verdict, d.Reason, d.Rule, d.Inspect = Allow, ReasonMatched, e.allow.id, e.inspect
+		if e.look && d.Inspect&InspectNone != 0 {
+			d.Inspect = InspectTLS | InspectHTTP // what is neither is asked about as ProtocolTCP
+		}
+		return
+	case e.fail.ok:
+		d.Reason, d.Rule = e.reason, e.fail.id
+	case e.r.Name.IsZero() && e.r.Address.IsValid():
+		d.Reason = ReasonIPLiteral
+	default:
+		d.Reason = ReasonNotListed
+	}
+	if d.Mode != ModeObserve || d.Reason == ReasonPrivateDestination {
+		return
+	}
+	if private { // address checks hold in every mode
+		d.Reason, d.Rule = ReasonPrivateDestination, ""
+		return
+	}
+	d.Verdict, d.Inspect = Observe, InspectTLS|InspectHTTP|InspectNone
+}
+
+// owns reports whether rules of owner count for the source's group.
+func (e *eval) owns(owner uint32) bool {
+	for _, o := range e.g.owners {
+		if o == owner {
+			return true
+		}
+	}
+	return false
+}
+
+// longPosting is the number of refs from which searching beats scanning.
+const longPosting = 16
+
+// consider judges every rule of h that counts for the source's group.
+func (e *eval) consider(h hit) {
+	refs := e.p.postings.sets[h.refs]
+	if len(refs) < longPosting {
+		for i := range refs {
+			if e.owns(refs[i].owner) {
+				e.judge(&refs[i], h)
+			}
+		}
+		return
+	}
+	for _, owner := range e.g.owners {
+		i, _ := slices.BinarySearchFunc(refs, owner, func(r ref, o uint32) int {
+			return int(int64(r.owner) - int64(o))
+		})
+		for ; i < len(refs) && refs[i].owner == owner; i++ {
+			e.judge(&refs[i], h)
+		}
+	}
+}
+
+// judge weighs one rule that covers the name or address asked for.
+func (e *eval) judge(ref *ref, h hit) {
+	rule := &e.p.rules[ref.rule]
+	id := rule.id
+	if id == "" {
+		id = h.id(ref.form)
+	}
+	if rule.deny {
+		denies := e.denies(rule)
+		if denies {
+			e.offerDeny(ref.owner, id)
+		}
+		if e.trace != nil {
+			e.record(ref, id, h, denies, ReasonExplicitDeny)
+		}
+		return
+	}
+	stage, reason := e.test(rule)
+	if e.trace != nil {
+		e.record(ref, id, h, reason == ReasonMatched, reason)
+	}
+	switch {
+	case reason == ReasonMatched:
+		e.allow.offer(id)
+		e.inspect |= e.inspection(rule)
+	case stage > e.stage:
+		e.stage, e.reason, e.fail = stage, reason, found{true, id}
+	case stage == e.stage && (id < e.fail.id || id == e.fail.id && reason < e.reason):
+		e.reason, e.fail = reason, found{true, id}
+	}
+}
+
+func (e *eval) offerDeny(owner uint32, id string) {
+	if owner == 0 {
+		e.guard.offer(id)
+	} else {
+		e.deny.offer(id)
+	}
+}
+
+// denies reports whether a deny rule that covers the destination applies. Its
+// restrictions narrow it; without them it denies everything there.
+func (e *eval) denies(rule *rule) bool {
+	if e.expired(rule) {
+		return false
+	}
+	if e.r.Protocol == ProtocolDNS {
+		return rule.protocols&forDNS != 0 && rule.ports == nil &&
+			(len(rule.qtypes) == 0 || slices.Contains(rule.qtypes, e.r.QType))
+	}
+	if len(rule.qtypes) > 0 {
+		return false
+	}
+	if e.r.Protocol == ProtocolUnknown && rule.protocols != forAny {
+		e.look = e.look || rule.hasPort(e.r.Port, forAny)
+		return false
+	}
+	return rule.hasPort(e.r.Port, e.r.Protocol.set())
+}
+
+// set returns the protocols that p may turn out to be.
+func (p Protocol) set() protocols {
+	switch p {
+	case ProtocolTLS:
+		return forTLS | forTCP
+	case ProtocolHTTP:
+		return forHTTP
+	case ProtocolTCP:
+		return forTCP
+	case ProtocolDNS:
+		return forDNS
+	}
+	return forTLS | forHTTP | forTCP
+}
+
+func (e *eval) expired(rule *rule) bool {
+	return !rule.expires.IsZero() && (e.r.Time.IsZero() || !e.r.Time.Before(rule.expires))
+}
+
+// test reports whether an allow rule that covers the name matches the rest of
+// the request: ReasonMatched, or how far it came and why it failed.
+func (e *eval) test(rule *rule) (stage, Reason) {
+	r := &e.r
+	named := r.Destination.IsValid() && containsAddr(rule.private, r.Destination)
+	e.privateNamed = e.privateNamed || named
+	switch {
+	case r.Protocol == ProtocolDNS:
+		if !usualQType(r.QType) && !slices.Contains(rule.qtypes, r.QType) {
+			return stageProtocol, ReasonQTypeNotAllowed
+		}
+	case !rule.hasPort(r.Port, forAny):
+		return stagePort, ReasonPortNotAllowed
+	case !rule.hasPort(r.Port, r.Protocol.set()):
+		if r.Protocol == ProtocolTCP && rule.hasPort(r.Port, forTLS) {
+			return stageProtocol, ReasonNotTLS
+		}
+		return stageProtocol, ReasonProtocolNotAllowed
+	}
+	if e.expired(rule) {
+		return stageExpired, ReasonRuleExpired
+	}
+	if r.Protocol == ProtocolTLS && r.TLS.Seen && rule.protocols&forTCP == 0 {
+		if reason := e.testTLS(&rule.tls); reason != ReasonMatched {
+			return stageTLS, reason
+		}
+	}
+	if r.Destination.IsValid() && !named && !IsGlobal(r.Destination) {
+		return stagePrivate, ReasonPrivateDestination
+	}
+	return stagePrivate, ReasonMatched
+}
+
+// testTLS holds the ClientHello against t.
+func (e *eval) testTLS(t *tlsRule) Reason {
+	hello := &e.r.TLS
+	switch {
+	case hello.SNI.IsZero():
+		// Whoever asked for a literal address has no name to send (RFC 6066, section 3).
+		if t.sni != sniOptional && !e.r.Name.IsZero() {
+			return ReasonSNIMissing
+		}
+	case hello.SNI == e.r.Name:
+	case t.sni == sniListed || e.r.Name.IsZero():
+		if !e.listed(hello.SNI) {
+			return ReasonSNIMismatch
+		}
+	default:
+		return ReasonSNIMismatch
+	}
+	switch {
+	case hello.MaxVersion < t.minVersion:
+		return ReasonTLSVersion
+	case hello.ECH && !t.allowECH:
+		return ReasonECHNotAllowed
+	}
+	return ReasonMatched
+}
+
+// listed reports whether the source may reach n by TLS on the same port.
+func (e *eval) listed(n Name) bool {
+	r := e.r
+	r.Name, r.Protocol, r.TLS, r.Destination = n, ProtocolTLS, TLS{}, netip.Addr{}
+	inner := eval{p: e.p, r: r, g: e.g}
+	inner.collect(n, netip.Addr{})
+	return inner.allow.ok && !inner.deny.ok && !inner.guard.ok
+}
+
+// inspection returns what a CONNECT that rule allows may carry.
+func (e *eval) inspection(rule *rule) Inspect {
+	if e.r.Protocol != ProtocolUnknown {
+		return 0
+	}
+	var i Inspect
+	if rule.hasPort(e.r.Port, forTLS) {
+		i |= InspectTLS
+	}
+	if rule.hasPort(e.r.Port, forHTTP) {
+		i |= InspectHTTP
+	}
+	if rule.protocols&forTCP != 0 {
+		i |= InspectNone
+	}
+	return i
+}
+
+func containsAddr(ps []netip.Prefix, a netip.Addr) bool {
+	for _, p := range ps {
+		if p.Contains(a) {
+			return true
+		}
+	}
+	return false
+}
