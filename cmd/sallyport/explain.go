@@ -1,0 +1,229 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/netip"
+	"net/url"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"sallyport/policy"
+)
+
+func newExplain(o *options) *cobra.Command {
+	var q question
+	cmd := &cobra.Command{
+		Use:   "explain --source ADDRESS [--sni NAME] [--dns TYPE] TARGET",
+		Short: "Show what the policy decides for a request, and why",
+		Long: "Show what the policy decides for a request, and why. TARGET is host:port for a\n" +
+			"CONNECT, http://host/ for a plain HTTP request, or with --dns a name. Nothing is\n" +
+			"resolved or contacted; say with --destination what the name resolves to.\n\n" +
+			"Exit status: 0 allowed (or observed), 1 denied, 2 error.",
+		Example: "  sallyport explain --source 10.20.1.5 api.github.com:443\n" +
+			"  sallyport explain --source 10.20.1.5 --sni other.example api.github.com:443\n" +
+			"  sallyport explain --source 10.20.1.5 --dns TXT github.com",
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			q.target = args[0]
+			r, err := q.request(time.Now())
+			if err != nil {
+				return usageError(err)
+			}
+			settings, err := o.load()
+			if err != nil {
+				return err
+			}
+			p, _, err := newSource(settings).load()
+			if err != nil {
+				return usageError(err)
+			}
+			x := p.Explain(r)
+			write := writeExplanation
+			if q.json {
+				write = writeExplanationJSON
+			}
+			if err := write(cmd.OutOrStdout(), q, x); err != nil {
+				return err
+			}
+			if !x.Decision.Passes() {
+				return &exitError{code: exitFailure}
+			}
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&q.source, "source", "", "address of the client (required)")
+	f.StringVar(&q.sni, "sni", "", "server_name that the client's TLS ClientHello carries")
+	f.StringVar(&q.dns, "dns", "", "ask the resolver: type of the question, such as A or TXT")
+	f.StringVar(&q.destination, "destination", "", "address that the name resolves to")
+	f.StringVar(&q.at, "at", "", "decide as of this date (2027-01-31) or time (RFC 3339); default now")
+	f.BoolVar(&q.json, "json", false, "print one JSON object")
+	cobra.CheckErr(cmd.MarkFlagRequired("source"))
+	return cmd
+}
+
+// question is the command line of explain.
+type question struct {
+	target, source, sni, dns, destination, at string
+	json                                      bool
+}
+
+// request turns the command line into what proxy or resolver would ask.
+func (q *question) request(now time.Time) (policy.Request, error) {
+	r := policy.Request{Time: now}
+	var err error
+	if r.Source, err = netip.ParseAddr(q.source); err != nil {
+		return r, fmt.Errorf("--source %q: not an address; write one such as 10.20.1.5", q.source)
+	}
+	if q.destination != "" {
+		if r.Destination, err = netip.ParseAddr(q.destination); err != nil {
+			return r, fmt.Errorf("--destination %q: not an address", q.destination)
+		}
+	}
+	if q.at != "" {
+		if r.Time, err = time.Parse(time.DateOnly, q.at); err != nil {
+			if r.Time, err = time.Parse(time.RFC3339, q.at); err != nil {
+				return r, fmt.Errorf("--at %q: write 2027-01-31 or 2027-01-31T18:00:00Z", q.at)
+			}
+		}
+	}
+	if q.dns != "" {
+		return r, q.question(&r)
+	}
+	return r, q.connection(&r)
+}
+
+// question fills in a question to the resolver.
+func (q *question) question(r *policy.Request) (err error) {
+	r.Protocol = policy.ProtocolDNS
+	var ok bool
+	if r.QType, ok = policy.ParseQType(q.dns); !ok {
+		return fmt.Errorf("--dns %q: not a type of DNS data; write one such as A, HTTPS, TXT or TYPE65400", q.dns)
+	}
+	if q.sni != "" {
+		return fmt.Errorf("--sni goes with a connection, not with --dns")
+	}
+	if r.Name, err = policy.ParseName(q.target); err != nil {
+		return fmt.Errorf("target: %w", err)
+	}
+	return nil
+}
+
+// connection fills in a CONNECT or a plain HTTP request.
+func (q *question) connection(r *policy.Request) (err error) {
+	authority := q.target
+	if strings.Contains(authority, "://") {
+		u, err := url.Parse(authority)
+		if err != nil || u.Scheme != "http" || u.Host == "" {
+			return fmt.Errorf("target %q: write host:port for what goes through CONNECT, as https does, or http://host/", q.target)
+		}
+		r.Protocol, authority = policy.ProtocolHTTP, u.Host
+		if u.Port() == "" {
+			authority += ":80"
+		}
+	}
+	if r.Name, r.Address, r.Port, err = policy.ParseAuthority(authority); err != nil {
+		return fmt.Errorf("target: %w", err)
+	}
+	if r.Address.IsValid() && !r.Destination.IsValid() {
+		r.Destination = r.Address
+	}
+	if q.sni == "" {
+		return nil
+	}
+	r.Protocol = policy.ProtocolTLS
+	r.TLS = policy.TLS{Seen: true, MaxVersion: 0x0304}
+	if r.TLS.SNI, err = policy.ParseName(q.sni); err != nil {
+		return fmt.Errorf("--sni: %w", err)
+	}
+	return nil
+}
+
+func writeExplanation(out io.Writer, q question, x policy.Explanation) error {
+	d := x.Decision
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(w, "verdict\t%s\n", d.Verdict)
+	fmt.Fprintf(w, "reason\t%s\n", d.Reason)
+	if d.Rule != "" {
+		fmt.Fprintf(w, "rule\t%s\n", d.Rule)
+	}
+	switch {
+	case d.Group == "":
+		fmt.Fprintf(w, "group\tnone: no group has %s\n", q.source)
+	case !x.Prefix.IsValid():
+		fmt.Fprintf(w, "group\t%s (unmatched_source), %s\n", d.Group, d.Mode)
+	default:
+		fmt.Fprintf(w, "group\t%s (source %s), %s\n", d.Group, x.Prefix, d.Mode)
+	}
+	fmt.Fprintf(w, "policy\t%s\n", d.Revision)
+	if d.Group != "" && len(x.Candidates) == 0 {
+		fmt.Fprintf(w, "\nno rule covers %s\n", q.target)
+	}
+	if len(x.Candidates) > 0 {
+		fmt.Fprintf(w, "\neffect\trule\twritten in\tmatched by\toutcome\n")
+	}
+	for _, c := range x.Candidates {
+		outcome := "matched"
+		if !c.Matched {
+			outcome = c.Reason.String()
+			if c.Deny {
+				outcome = "does not apply"
+			}
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", effect(c), c.Rule, writtenIn(c), c.Pattern, outcome)
+	}
+	return w.Flush()
+}
+
+func effect(c policy.Candidate) string {
+	if c.Deny {
+		return "deny"
+	}
+	return "allow"
+}
+
+func writtenIn(c policy.Candidate) string {
+	if c.Group == "" {
+		return "deny (all groups)"
+	}
+	return c.Group
+}
+
+func writeExplanationJSON(out io.Writer, q question, x policy.Explanation) error {
+	type candidate struct {
+		Effect  string `json:"effect"`
+		Rule    string `json:"rule"`
+		Group   string `json:"group,omitempty"`
+		Pattern string `json:"pattern,omitempty"`
+		Matched bool   `json:"matched"`
+		Reason  string `json:"reason,omitempty"`
+	}
+	d := x.Decision
+	v := struct {
+		Source     string      `json:"source"`
+		Target     string      `json:"target"`
+		Verdict    string      `json:"verdict"`
+		Reason     string      `json:"reason"`
+		Rule       string      `json:"rule,omitempty"`
+		Group      string      `json:"group,omitempty"`
+		Mode       string      `json:"mode"`
+		Prefix     string      `json:"prefix,omitempty"`
+		Policy     string      `json:"policy"`
+		Candidates []candidate `json:"candidates"`
+	}{
+		Source: q.source, Target: q.target, Verdict: d.Verdict.String(), Reason: d.Reason.String(), Rule: d.Rule,
+		Group: d.Group, Mode: d.Mode.String(), Policy: d.Revision, Candidates: []candidate{},
+	}
+	if x.Prefix.IsValid() {
+		v.Prefix = x.Prefix.String()
+	}
+	for _, c := range x.Candidates {
+		v.Candidates = append(v.Candidates, candidate{effect(c), c.Rule, c.Group, c.Pattern, c.Matched, c.Reason.String()})
+	}
+	return json.NewEncoder(out).Encode(v)
+}
