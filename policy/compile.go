@@ -350,12 +350,13 @@ func (c *compiler) unmatchedSource() {
 
 // rules compiles the deny or allow section at path.
 func (c *compiler) rules(path string, rules []Rule, owner uint32, deny bool, inherited *TLSRule) {
+	ids := sectionIDs(rules)
 	bare := -1 // the one rule that stands for all bare strings of the section
 	for i := range rules {
 		r := &rules[i]
 		at := path + "[" + strconv.Itoa(i) + "]"
 		if !r.isBare() {
-			c.rule(at, r, owner, deny, inherited)
+			c.rule(at, r, ids[i], owner, deny, inherited)
 			continue
 		}
 		if bare < 0 {
@@ -382,11 +383,12 @@ func defaultProtocols(deny bool) protocols {
 }
 
 // rule compiles one rule that is more than a bare string.
-func (c *compiler) rule(path string, r *Rule, owner uint32, deny bool, inherited *TLSRule) {
+func (c *compiler) rule(path string, r *Rule, id string, owner uint32, deny bool, inherited *TLSRule) {
+	c.checkID(path+".id", r.ID, owner, deny)
 	if len(r.Names) == 0 && len(r.Addresses) == 0 {
 		c.fail(path, "the rule names no destination; add names: [api.example.com] or addresses: [203.0.113.0/24]")
 	}
-	out := rule{deny: deny, id: c.ruleID(path, r, owner, deny)}
+	out := rule{deny: deny, id: id}
 	out.protocols = c.protocols(path+".protocol", r.Protocol, deny)
 	for i, s := range r.Ports {
 		if pr, ok := c.ports(fmt.Sprintf("%s.ports[%d]", path, i), s); ok {
@@ -445,43 +447,59 @@ func (c *compiler) rule(path string, r *Rule, owner uint32, deny bool, inherited
 	c.p.rules = append(c.p.rules, out)
 }
 
-// ruleID returns the rule's ID, unique in its section.
-func (c *compiler) ruleID(path string, r *Rule, owner uint32, deny bool) string {
-	id := r.ID
+// checkID checks an ID that somebody wrote.
+func (c *compiler) checkID(path, id string, owner uint32, deny bool) {
 	if id == "" {
-		id = generatedID(r)
+		return
+	}
+	if len(id) > 128 || strings.ContainsFunc(id, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		c.fail(path, "rule ID %q: use up to 128 printable ASCII characters without spaces", clip(id))
 	}
 	key := ruleKey{owner, deny, id}
-	old, taken := c.ruleIDs[key]
-	if taken && r.ID != "" {
-		c.fail(path+".id", "a second rule of this section has the ID %q (the other: %s); give each its own", clip(id), old)
-	}
-	if taken && r.ID == "" {
-		// The ID depends on what the rule says, never on where it stands.
-		text, err := json.Marshal(r)
-		if err != nil {
-			panic(err)
-		}
-		sum := sha256.Sum256(text)
-		id += "~" + hex.EncodeToString(sum[:3])
-	}
-	if r.ID != "" && (len(r.ID) > 128 || strings.ContainsFunc(r.ID, func(x rune) bool { return x <= ' ' || x > '~' })) {
-		c.fail(path+".id", "rule ID %q: use up to 128 printable ASCII characters without spaces", clip(r.ID))
+	if old, taken := c.ruleIDs[key]; taken {
+		c.fail(path, "a second rule of this section has the ID %q (the other: %s); give each its own", clip(id), old)
 	}
 	c.ruleIDs[key] = path
-	return id
 }
 
-// generatedID makes a readable ID: the first destination and what restricts it.
-func generatedID(r *Rule) string {
-	var id string
-	switch {
-	case len(r.Names) > 0:
-		id = r.Names[0]
-	case len(r.Addresses) > 0:
-		id = r.Addresses[0]
+// sectionIDs returns the ID of each rule of a section: the one written, or else a
+// generated one. Those that would be alike get a digest of what the rule says, so
+// that no ID depends on where its rule stands. Bare strings need none.
+func sectionIDs(rules []Rule) []string {
+	ids := make([]string, len(rules))
+	count := map[string]int{}
+	for i := range rules {
+		if r := &rules[i]; r.ID != "" {
+			ids[i] = r.ID
+		} else if !r.isBare() {
+			ids[i] = generatedID(r)
+		}
+		count[ids[i]]++
 	}
-	id = clip(id)
+	for i := range rules {
+		if r := &rules[i]; count[ids[i]] > 1 && r.ID == "" && !r.isBare() {
+			text, err := json.Marshal(r)
+			if err != nil { // as in hashDocument
+				panic(err)
+			}
+			sum := sha256.Sum256(text)
+			ids[i] += "~" + hex.EncodeToString(sum[:3])
+		}
+	}
+	return ids
+}
+
+// generatedID makes a readable ID: the first destination, how many more there
+// are, and what restricts the rule.
+func generatedID(r *Rule) string {
+	all := slices.Concat(r.Names, r.Addresses)
+	if len(all) == 0 {
+		return "" // a mistake, reported elsewhere
+	}
+	id := clip(all[0])
+	if len(all) > 1 {
+		id += "+" + strconv.Itoa(len(all)-1)
+	}
 	if len(r.Ports) > 0 {
 		id += ":" + strings.Join(r.Ports[:min(len(r.Ports), 4)], ",")
 	}
