@@ -119,7 +119,10 @@ func (e *eval) collectDestination() {
 	}
 }
 
-// collectSNI considers the deny rules for a server_name that is not the name asked for.
+// collectSNI considers the deny rules for a server_name that is not the name asked
+// for. Inlined, its inner evaluation would be cleared in every decision.
+//
+//go:noinline
 func (e *eval) collectSNI() {
 	inner := eval{p: e.p, r: e.r, g: e.g}
 	inner.collect(e.r.TLS.SNI, netip.Addr{})
@@ -335,7 +338,10 @@ func (e *eval) testTLS(t *tlsRule) Reason {
 	return ReasonMatched
 }
 
-// listed reports whether the source may reach n by TLS on the same port.
+// listed reports whether the source may reach n by TLS on the same port. Not
+// inlined for the same reason as collectSNI.
+//
+//go:noinline
 func (e *eval) listed(n Name) bool {
 	r := e.r
 	r.Name, r.Protocol, r.TLS, r.Destination = n, ProtocolTLS, TLS{}, netip.Addr{}

@@ -58,12 +58,11 @@ func within(outer, path string) bool {
 // what could be read: good for finding further mistakes, never to be put in force.
 func ParseDocument(file string, data []byte) (*Document, error) {
 	d := decoder{file: file}
-	root := d.parse(data)
-	if root == nil {
-		return nil, d.errs
+	var doc *Document
+	if root := d.parse(data); root != nil {
+		doc = &Document{positions: positions{file, root}}
+		d.value(root, reflect.ValueOf(doc).Elem(), nil, "")
 	}
-	doc := &Document{positions: positions{file, root}}
-	d.value(root, reflect.ValueOf(doc).Elem(), nil, "")
 	if len(d.errs) > 0 {
 		sortErrors(d.errs)
 		return doc, d.errs
@@ -117,7 +116,7 @@ type field struct {
 
 // A shape is what a mapping may hold.
 type shape struct {
-	noun   string
+	where  string
 	fields []field
 }
 
@@ -127,11 +126,11 @@ var (
 	// searched for the home of a misplaced key.
 	shapeTypes = []reflect.Type{reflect.TypeFor[Document](), reflect.TypeFor[List](), reflect.TypeFor[Group](), ruleType, reflect.TypeFor[TLSRule]()}
 	shapes     = map[reflect.Type]shape{
-		shapeTypes[0]: {"the top level", fieldsOf(shapeTypes[0])},
-		shapeTypes[1]: {"a list", fieldsOf(shapeTypes[1])},
-		shapeTypes[2]: {"a group", fieldsOf(shapeTypes[2])},
-		shapeTypes[3]: {"a rule", fieldsOf(shapeTypes[3])},
-		shapeTypes[4]: {"tls", fieldsOf(shapeTypes[4])},
+		shapeTypes[0]: {"at the top level", fieldsOf(shapeTypes[0])},
+		shapeTypes[1]: {"in a list", fieldsOf(shapeTypes[1])},
+		shapeTypes[2]: {"in a group", fieldsOf(shapeTypes[2])},
+		shapeTypes[3]: {"in a rule", fieldsOf(shapeTypes[3])},
+		shapeTypes[4]: {"in tls", fieldsOf(shapeTypes[4])},
 	}
 )
 
@@ -163,7 +162,7 @@ func (d *decoder) value(n *yaml.Node, v reflect.Value, at *place, doc string) {
 		return
 	}
 	if n.Kind == yaml.ScalarNode && n.Tag == "!!null" {
-		d.fail(n, at, "nothing is written here; remove the key, or write %s", such(doc))
+		d.fail(n, at, "nothing is written here; write %s, or remove the line", such(doc))
 		return
 	}
 	switch v.Kind() {
@@ -287,6 +286,8 @@ func (d *decoder) text(n *yaml.Node, at *place, doc string) (string, bool) {
 		d.fail(n, at, "want %s, not %s; write %s%s", noun, describe(n), such(doc), hint)
 	case n.Tag == "!!str" && n.Style == 0 && isOldBool(n.Value):
 		d.fail(n, at, "%s without quotes means true or false to many YAML readers; put it in quotes: %q", n.Value, n.Value)
+	case strings.ContainsFunc(n.Value, func(r rune) bool { return r != '\n' && r != '\t' && isInvisible(r) }):
+		d.fail(n, at, "the string holds an invisible character; remove the escape sequence")
 	case n.Tag == "!!str" || slices.Contains(other.tags, n.Tag):
 		return n.Value, true
 	case other.noun != "":
@@ -340,7 +341,7 @@ func (d *decoder) unknownKey(key *yaml.Node, at *place, s shape) {
 	name := clip(key.Value)
 	for _, t := range shapeTypes {
 		if home := shapes[t]; slices.ContainsFunc(home.fields, func(f field) bool { return f.key == key.Value }) {
-			d.fail(key, at, "unknown key %q in %s; it belongs in %s", name, s.noun, home.noun)
+			d.fail(key, at, "unknown key %q %s; it belongs %s", name, s.where, home.where)
 			return
 		}
 	}
@@ -353,11 +354,15 @@ func (d *decoder) unknownKey(key *yaml.Node, at *place, s shape) {
 		}
 	}
 	if best != "" {
-		d.fail(key, at, "unknown key %q in %s; did you mean %q?", name, s.noun, best)
+		d.fail(key, at, "unknown key %q %s; did you mean %q?", name, s.where, best)
 		return
 	}
 	slices.Sort(known)
-	d.fail(key, at, "unknown key %q in %s; it knows %s", name, s.noun, strings.Join(known, ", "))
+	hint := ""
+	if strings.ContainsAny(name, ".:") {
+		hint = "; put a string with \": \" in it, or \":\" at its end, in quotes"
+	}
+	d.fail(key, at, "unknown key %q %s; there are %s%s", name, s.where, strings.Join(known, ", "), hint)
 }
 
 // isIdentifier reports whether s can stand in a path.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"reflect"
+	"strings"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -14,15 +15,31 @@ const maxInline = 4
 // EncodeDocument writes doc to w as YAML that [ParseDocument] reads back. Rules
 // with nothing but one name are written as bare strings. Strings must be valid UTF-8.
 func EncodeDocument(w io.Writer, doc *Document) error {
+	var n yaml.Node
+	if err := n.Encode(doc); err != nil {
+		return fmt.Errorf("write policy: %w", err)
+	}
+	quoteLines(&n)
 	enc := yaml.NewEncoder(w)
 	enc.SetIndent(2)
-	if err := enc.Encode(doc); err != nil {
+	if err := enc.Encode(&n); err != nil {
 		return fmt.Errorf("write policy: %w", err)
 	}
 	if err := enc.Close(); err != nil {
 		return fmt.Errorf("write policy: %w", err)
 	}
 	return nil
+}
+
+// quoteLines puts strings of several lines in quotes: in a block, a tab at the
+// beginning of a line would stand in the indentation.
+func quoteLines(n *yaml.Node) {
+	if n.Kind == yaml.ScalarNode && strings.Contains(n.Value, "\n") {
+		n.Style = yaml.DoubleQuotedStyle
+	}
+	for _, c := range n.Content {
+		quoteLines(c)
+	}
 }
 
 // MarshalYAML writes r the way people do.

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"math"
+	"math/bits"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -107,6 +108,7 @@ type nameIndex struct {
 	slots []slot
 	used  int
 	arena []byte
+	root  uint32            // offset of the record of the root, or 0
 	globs map[uint32][]glob // by offset of the record of the fixed part
 }
 
@@ -118,8 +120,8 @@ type slot struct {
 const (
 	recordHeader = 9 // bytes before "*."
 	minSlots     = 16
-	// Multiplier of the running hash (FNV-1a's 64-bit prime, RFC 9923).
-	hashPrime = 0x100000001b3
+	// hashFactor is odd, with as many one bits as zero bits.
+	hashFactor = 0x9e3779b97f4a7c15
 )
 
 // errIndexFull is returned when the arena outgrows its 32-bit offsets.
@@ -130,12 +132,28 @@ func newNameIndex() nameIndex {
 	return nameIndex{seed: rand.Uint64(), slots: make([]slot, minSlots), arena: make([]byte, 1)}
 }
 
-// finish turns the running hash into the one that slots hold. The running hash
-// alone would not do: its high bits depend on few bytes of a short name.
-func finish(h uint64) uint32 {
-	h ^= h >> 32
-	h *= 0xd6e8feb86659fd93
-	return uint32(h>>32) | 1 // never 0
+// extend adds the label to the left of a name to the name's running hash. Labels
+// count from the right, so that one pass over a name gives the hash of each of its
+// suffixes. It takes eight bytes at a step and folds 128-bit products, as wyhash does.
+func extend(h uint64, label string) uint64 {
+	b := unsafe.Slice(unsafe.StringData(label), len(label))
+	h ^= uint64(len(b)) << 56
+	for ; len(b) > 8; b = b[8:] {
+		h = fold(h ^ binary.LittleEndian.Uint64(b))
+	}
+	var tail uint64
+	switch n := len(b); {
+	case n >= 4:
+		tail = uint64(binary.LittleEndian.Uint32(b)) | uint64(binary.LittleEndian.Uint32(b[n-4:]))<<32
+	case n > 0:
+		tail = uint64(b[0]) | uint64(b[n/2])<<8 | uint64(b[n-1])<<16
+	}
+	return fold(h ^ tail)
+}
+
+func fold(h uint64) uint64 {
+	hi, lo := bits.Mul64(h, hashFactor)
+	return hi ^ lo
 }
 
 // record gives access to the record at off.
@@ -157,9 +175,9 @@ func (x *nameIndex) text(off uint32) string {
 
 // find returns the record of the fixed part name whose running hash is h, or 0.
 func (x *nameIndex) find(name string, h uint64) uint32 {
-	hash := finish(h)
+	hash := uint32(h >> 32)
 	mask := uint32(len(x.slots) - 1)
-	for i := hash >> 1 & mask; ; i = (i + 1) & mask {
+	for i := hash & mask; ; i = (i + 1) & mask {
 		s := x.slots[i]
 		if s.off == 0 {
 			return 0
@@ -170,12 +188,13 @@ func (x *nameIndex) find(name string, h uint64) uint32 {
 	}
 }
 
-// hash returns the running hash of name. Bytes count from the right, so that one
-// pass over a name gives the hash of each of its suffixes.
+// hash returns the running hash of name.
 func (x *nameIndex) hash(name string) uint64 {
 	h := x.seed
-	for i := len(name) - 1; i >= 0; i-- {
-		h = (h ^ uint64(name[i])) * hashPrime
+	for end := len(name); end > 0; {
+		i := strings.LastIndexByte(name[:end], '.') + 1
+		h = extend(h, name[i:end])
+		end = i - 1
 	}
 	return h
 }
@@ -195,14 +214,17 @@ func (x *nameIndex) insert(name string) (uint32, error) {
 	off := uint32(len(x.arena))
 	x.arena = append(x.arena, 0, 0, 0, 0, 0, 0, 0, 0, byte(len(name)), '*', '.')
 	x.arena = append(x.arena, name...)
-	x.place(slot{finish(h), off})
+	if name == "" {
+		x.root = off
+	}
+	x.place(slot{uint32(h >> 32), off})
 	x.used++
 	return off, nil
 }
 
 func (x *nameIndex) place(s slot) {
 	mask := uint32(len(x.slots) - 1)
-	i := s.hash >> 1 & mask
+	i := s.hash & mask
 	for x.slots[i].off != 0 {
 		i = (i + 1) & mask
 	}
@@ -277,22 +299,23 @@ func (h hit) id(f form) string {
 // match calls yield for every pattern that matches name, from the shortest fixed
 // part to the longest.
 func (x *nameIndex) match(name string, e *eval) {
+	if x.root != 0 {
+		x.visit(name, len(name), x.root, e)
+	}
 	h := x.seed
-	x.visit(name, len(name), h, e)
-	for i := len(name) - 1; i >= 0; i-- {
-		h = (h ^ uint64(name[i])) * hashPrime
-		if i == 0 || name[i-1] == '.' {
-			x.visit(name, i, h, e)
+	for end := len(name); end > 0; {
+		i := strings.LastIndexByte(name[:end], '.') + 1
+		h = extend(h, name[i:end])
+		if off := x.find(name[i:], h); off != 0 {
+			x.visit(name, i, off, e)
 		}
+		end = i - 1
 	}
 }
 
-// visit looks at the fixed part name[i:]; i is len(name) for the root.
-func (x *nameIndex) visit(name string, i int, h uint64, e *eval) {
-	off := x.find(name[i:], h)
-	if off == 0 {
-		return
-	}
+// visit looks at the record at off, of the fixed part name[i:]; i is len(name) for
+// the root.
+func (x *nameIndex) visit(name string, i int, off uint32, e *eval) {
 	if i == 0 {
 		if refs := x.exact(off); refs != 0 {
 			e.consider(hit{refs: refs, text: x.text(off)})

@@ -45,8 +45,9 @@ func (d *decoder) parse(data []byte) *yaml.Node {
 	case root == nil || root.Kind == yaml.ScalarNode && root.Tag == "!!null":
 		d.failAt(1, 1, nil, "the policy is empty; begin it with version: %d", Version)
 		return nil
-	case depth(root, maxDepth) > maxDepth:
-		d.fail(root, nil, "values nest deeper than %d levels; a policy needs six", maxDepth)
+	}
+	if n := below(root, maxDepth); n != nil {
+		d.fail(n, nil, "values nest deeper than %d levels; a policy needs six", maxDepth)
 		return nil
 	}
 	d.addPaths(root)
@@ -82,15 +83,17 @@ func parseYAML(data []byte) (n *yaml.Node, err error) {
 	return first.Content[0], nil
 }
 
-// depth returns how deep n nests, at most limit+1.
-func depth(n *yaml.Node, limit int) int {
-	deepest := 0
+// below returns the first value that stands deeper than levels below n, or nil.
+func below(n *yaml.Node, levels int) *yaml.Node {
+	if levels < 0 {
+		return n
+	}
 	for _, c := range n.Content {
-		if deepest < limit {
-			deepest = max(deepest, depth(c, limit-1))
+		if deep := below(c, levels-1); deep != nil {
+			return deep
 		}
 	}
-	return deepest + 1
+	return nil
 }
 
 // checkText refuses what is no text, what editors do not show, and what the parser
