@@ -130,6 +130,7 @@ func (c *compiler) compile() {
 	}
 	c.ancestors()
 	c.unmatchedSource()
+	c.builtins()
 	c.rules("deny", d.Deny, 0, true, nil)
 	for i := range d.Groups {
 		g := &d.Groups[i]
@@ -364,6 +365,23 @@ func (c *compiler) rules(path string, rules []Rule, owner uint32, deny bool, inh
 			c.p.rules = append(c.p.rules, rule{deny: deny, protocols: defaultProtocols(deny), tls: c.tlsDefaults(inherited)})
 		}
 		c.bareName(at+".names[0]", r.Names[0], ref{owner: owner, rule: uint32(bare)}, deny)
+	}
+}
+
+// builtins adds the guardrails that every policy has.
+func (c *compiler) builtins() {
+	for _, b := range builtinNames {
+		to := ref{owner: 0, rule: uint32(len(c.p.rules))}
+		c.p.rules = append(c.p.rules, rule{id: b.id, deny: true, builtin: true, protocols: forAny})
+		for _, s := range b.patterns {
+			pat, err := parsePattern(s)
+			if err == nil {
+				err = c.p.names.add(&c.p.postings, pat, c.p.postings.intern([]ref{to}))
+			}
+			if err != nil { // the table is ours
+				panic(err)
+			}
+		}
 	}
 }
 

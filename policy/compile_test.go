@@ -205,7 +205,7 @@ func TestGeneratedIDs(t *testing.T) {
 		return set
 	}
 	want := ids([]int{0, 1, 2, 3, 4})
-	if !want["x.test:22/tcp"] || !want["10.0.0.0/8"] || !want["x.test+1"] || len(want) != len(rules) {
+	if !want["x.test:22/tcp"] || !want["10.0.0.0/8"] || !want["x.test+1"] || len(want) != len(rules)+len(builtinNames) {
 		t.Errorf("IDs %v", want)
 	}
 	if got := ids([]int{4, 3, 2, 1, 0}); fmt.Sprint(got) != fmt.Sprint(want) {

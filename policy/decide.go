@@ -23,6 +23,8 @@ type eval struct {
 	g *group
 
 	allow, guard, deny found
+	builtin            found  // a built-in guardrail
+	exact              bool   // an allow rule names the destination exactly, which lifts built-in guardrails
 	fail               found  // the allow rule that came closest
 	stage              stage  // how close
 	reason             Reason // why it failed
@@ -137,6 +139,9 @@ func (e *eval) collectSNI() {
 // verdict turns what was found into the answer.
 func (e *eval) verdict(d *Decision) {
 	private := e.r.Destination.IsValid() && !e.privateNamed && !IsGlobal(e.r.Destination)
+	if e.builtin.ok && !e.exact {
+		e.guard.offer(e.builtin.id)
+	}
 	switch {
 	case e.guard.ok:
 		d.Reason, d.Rule = ReasonExplicitDeny, e.guard.id
@@ -209,7 +214,10 @@ func (e *eval) judge(ref *ref, h hit) {
 	}
 	if rule.deny {
 		denies := e.denies(rule)
-		if denies {
+		switch {
+		case denies && rule.builtin:
+			e.builtin.offer(id)
+		case denies:
 			e.offerDeny(ref.owner, id)
 		}
 		if e.trace != nil {
@@ -218,6 +226,7 @@ func (e *eval) judge(ref *ref, h hit) {
 		return
 	}
 	stage, reason := e.test(rule)
+	e.exact = e.exact || h.text != "" && !h.glob && !h.below
 	if e.trace != nil {
 		e.record(ref, id, h, reason == ReasonMatched, reason)
 	}
@@ -283,7 +292,7 @@ func (e *eval) expired(rule *rule) bool {
 // the request: ReasonMatched, or how far it came and why it failed.
 func (e *eval) test(rule *rule) (stage, Reason) {
 	r := &e.r
-	named := r.Destination.IsValid() && containsAddr(rule.private, r.Destination)
+	named := r.Destination.IsValid() && namesAddr(rule.private, r.Destination)
 	e.privateNamed = e.privateNamed || named
 	switch {
 	case r.Protocol == ProtocolDNS:
@@ -368,9 +377,12 @@ func (e *eval) inspection(rule *rule) Inspect {
 	return i
 }
 
-func containsAddr(ps []netip.Prefix, a netip.Addr) bool {
+// namesAddr reports whether one of ps names a: holds it or, for an address that
+// clouds give a meaning to on every machine, is exactly that address.
+func namesAddr(ps []netip.Prefix, a netip.Addr) bool {
+	platform := slices.Contains(platformAddresses, a)
 	for _, p := range ps {
-		if p.Contains(a) {
+		if p.Contains(a) && (!platform || p.IsSingleIP()) {
 			return true
 		}
 	}

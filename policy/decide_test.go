@@ -303,6 +303,29 @@ func TestDenyOfOneProtocolForcesALook(t *testing.T) {
 	}
 }
 
+func TestBuiltinGuardrails(t *testing.T) {
+	p := mustCompile(t, &Document{Version: 1, Groups: []Group{
+		{Name: "wide", Sources: []string{"10.1.0.0/16"}, Mode: "observe", ObserveUntil: "2999-01-01", Allow: []Rule{
+			{ID: "all", Names: []string{"*"}, AllowPublicSuffix: true, PrivateDestinations: []string{"0.0.0.0/0"}}}},
+		{Name: "exact", Sources: []string{"10.2.0.0/16"}, Allow: []Rule{
+			{ID: "meta", Names: []string{"metadata.google.internal"}, Protocol: "http", PrivateDestinations: []string{"169.254.169.254/32"}}}},
+	}})
+	check := func(src, name, dst, want string) {
+		t.Helper()
+		d := p.Decide(Request{Source: addr(src), Name: MustName(name), Port: 80, Destination: addr(dst), Time: at})
+		if got := fmt.Sprint(d.Verdict, " ", d.Reason, " ", d.Rule); got != want {
+			t.Errorf("%s → %s (%s): %s, want %s", src, name, dst, got, want)
+		}
+	}
+	check("10.1.0.1", "metadata.google.internal", "", "deny explicit_deny builtin:cloud-metadata")
+	check("10.1.0.1", "_dns.resolver.arpa", "", "deny explicit_deny builtin:encrypted-dns")
+	check("10.1.0.1", "use-application-dns.net", "", "deny explicit_deny builtin:encrypted-dns")
+	check("10.1.0.1", "anything.test", "10.0.0.1", "allow matched all")
+	check("10.1.0.1", "anything.test", "169.254.169.254", "deny private_destination all")
+	check("10.1.0.1", "anything.test", "::ffff:169.254.169.254", "deny private_destination all")
+	check("10.2.0.1", "metadata.google.internal", "169.254.169.254", "allow matched meta")
+}
+
 func TestDecideDoesNotAllocate(t *testing.T) {
 	p := mustCompile(t, office())
 	for _, r := range []Request{

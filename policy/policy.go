@@ -41,6 +41,7 @@ func (g *group) modeAt(t time.Time) Mode {
 type rule struct {
 	id        string // "": the ID is the pattern that matched
 	deny      bool
+	builtin   bool // one of the built-in guardrails
 	protocols protocols
 	ports     []portRange // nil: the defaults of the protocols; of a deny rule: all
 	qtypes    []uint16    // in addition to the usual ones; of a deny rule: only these
