@@ -1,0 +1,280 @@
+package relay
+
+import (
+	"net"
+	"os"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// turn is how many chunks in a row must speak against the present way of
+	// moving bytes (full ones against copying, small ones against splicing)
+	// before a direction changes it.
+	turn = 4
+
+	spliceFlags = unix.SPLICE_F_MOVE | unix.SPLICE_F_NONBLOCK
+)
+
+// splice is a variable for the tests, which make it fail.
+var splice = unix.Splice
+
+// move copies between two TCP connections without holding anything while it
+// waits, and leaves other pairs to copy.
+func (h *half) move() (at side, err error) {
+	src, ok := h.src.(*net.TCPConn)
+	dst, ok2 := h.dst.(*net.TCPConn)
+	if !ok || !ok2 {
+		return h.copy()
+	}
+	s := &stream{half: h}
+	if s.src, err = src.SyscallConn(); err != nil {
+		return h.from, err
+	}
+	if s.dst, err = dst.SyscallConn(); err != nil {
+		return h.to, err
+	}
+	at, err = s.run()
+	s.release()
+	return at, err
+}
+
+// stream is one direction between two TCP connections. It alternates between
+// fill, which waits for src to become readable and takes what is there into
+// either the buffer or the pipe, and drain, which waits until dst has taken all
+// of it. Both are callbacks of syscall.RawConn: they run while the descriptor
+// cannot be closed, and returning false waits for the next chance.
+//
+// The waiting goroutine's stack must stay within the 2 KiB that it starts with;
+// that is why nothing here has large frames or calls deep.
+type stream struct {
+	*half
+	src, dst syscall.RawConn
+
+	buf    *[bufSize]byte // nil while waiting for src
+	data   []byte         // the part of buf that dst has not taken yet
+	pipe   *pipe          // nil while waiting for src, and while copying
+	inPipe int            // bytes in pipe
+
+	bulk     bool // full chunks are the rule: splice, if there is a pipe
+	contrary int  // chunks in a row that spoke against bulk
+	noSplice bool // the kernel does not splice these sockets
+
+	eof bool
+	err error // what fill or drain met
+}
+
+func (s *stream) run() (at side, err error) {
+	fill, drain := s.fill, s.drain
+	for {
+		if err := s.src.Read(fill); err != nil {
+			return s.from, err
+		}
+		if s.err != nil {
+			return s.from, opError("read", s.half.src, s.err)
+		}
+		if s.eof {
+			return s.from, nil
+		}
+		s.t.touch()
+		if err := s.dst.Write(drain); err != nil {
+			return s.to, err
+		}
+		if s.err != nil {
+			return s.to, opError("write", s.half.dst, s.err)
+		}
+	}
+}
+
+// fill takes what src has, up to a buffer or a pipe full.
+func (s *stream) fill(fd uintptr) (done bool) {
+	if s.bulk && s.borrowPipe() {
+		n, err := spliced(int(fd), s.pipe.w, pipeSize)
+		switch {
+		case n > 0:
+			s.inPipe = n
+			s.weigh(n)
+			return true
+		case err == unix.EAGAIN:
+			s.release()
+			return false
+		case unsupported(err):
+			s.noSplice = true
+		case err != nil:
+			s.err = err
+			return true
+		}
+		// Unsupported, the end of the stream, or urgent data. The last two
+		// look alike to splice, but not to read.
+		s.bulk = false
+	}
+	s.returnPipe()
+	n, err := s.read(int(fd))
+	if err == unix.EAGAIN {
+		s.release()
+		return false
+	}
+	s.eof = n == 0
+	s.err = err
+	s.weigh(n)
+	return true
+}
+
+// drain gives dst all that fill took.
+func (s *stream) drain(fd uintptr) (done bool) {
+	for len(s.data) > 0 || s.inPipe > 0 {
+		n, err := s.put(int(fd))
+		if err == unix.EAGAIN {
+			return false
+		}
+		if err != nil && err != unix.EINTR {
+			s.err = err
+			return true
+		}
+		s.count(n)
+	}
+	return true
+}
+
+// put makes one system call's worth of progress towards dst.
+func (s *stream) put(fd int) (n int, err error) {
+	if len(s.data) > 0 {
+		n, err = unix.Write(fd, s.data)
+		n = max(n, 0)
+		s.data = s.data[n:]
+		return n, err
+	}
+	if !s.noSplice {
+		n, err = spliced(s.pipe.r, fd, s.inPipe)
+		if !unsupported(err) {
+			s.inPipe -= n
+			return n, err
+		}
+		s.noSplice, s.bulk = true, false
+	}
+	n, err = s.read(s.pipe.r) // dst cannot splice: take the bytes out again
+	s.inPipe -= n
+	return 0, err
+}
+
+// read reads into the buffer.
+func (s *stream) read(fd int) (n int, err error) {
+	if s.buf == nil {
+		s.buf = buffers.Get().(*[bufSize]byte)
+	}
+	for {
+		n, err = unix.Read(fd, s.buf[:])
+		if err != unix.EINTR {
+			break
+		}
+	}
+	n = max(n, 0)
+	s.data = s.buf[:n]
+	return n, err
+}
+
+// spliced moves up to limit bytes from one descriptor to another.
+func spliced(from, to, limit int) (n int, err error) {
+	for {
+		m, err := splice(from, nil, to, nil, limit, spliceFlags)
+		if err != unix.EINTR {
+			return int(max(m, 0)), err
+		}
+	}
+}
+
+// weigh decides from the size of a chunk how the next one is to be moved.
+func (s *stream) weigh(n int) {
+	if full := n >= bufSize; full == s.bulk || s.noSplice {
+		s.contrary = 0
+		return
+	}
+	if s.contrary++; s.contrary == turn {
+		s.bulk, s.contrary = !s.bulk, 0
+	}
+}
+
+// borrowPipe exchanges the buffer for a pipe. It reports false if there is no
+// pipe; then copying goes on, until turn more full chunks ask again.
+func (s *stream) borrowPipe() bool {
+	if s.pipe != nil {
+		return true
+	}
+	if s.pipe = pipes.get(); s.pipe == nil {
+		s.bulk = false
+		return false
+	}
+	s.returnBuffer()
+	return true
+}
+
+func (s *stream) returnPipe() {
+	if s.pipe != nil {
+		pipes.put(s.pipe, s.inPipe == 0)
+		s.pipe, s.inPipe = nil, 0
+	}
+}
+
+func (s *stream) returnBuffer() {
+	if s.buf != nil {
+		buffers.Put(s.buf)
+		s.buf, s.data = nil, nil
+	}
+}
+
+// release gives back all that s borrowed.
+func (s *stream) release() {
+	s.returnPipe()
+	s.returnBuffer()
+}
+
+// unsupported reports whether splice(2) refused the sockets themselves. It has
+// then moved nothing.
+func unsupported(err error) bool {
+	return err == unix.EINVAL || err == unix.ENOSYS || err == unix.EPERM
+}
+
+// opError dresses err like the errors of package net.
+func opError(op string, c net.Conn, err error) error {
+	return &net.OpError{
+		Op: op, Net: "tcp", Source: c.LocalAddr(), Addr: c.RemoteAddr(),
+		Err: os.NewSyscallError(op, err),
+	}
+}
+
+// awaitReset watches src, whose stream has ended, for a reset, and ends the
+// tunnel if one comes: nobody reads src any more, and the other direction would
+// notice only when it had something to write. It returns when the tunnel ends.
+func (h *half) awaitReset() {
+	src, ok := h.src.(*net.TCPConn)
+	if !ok {
+		return
+	}
+	raw, err := src.SyscallConn()
+	if err != nil {
+		return
+	}
+	var broken error
+	raw.Read(func(fd uintptr) bool {
+		broken = resetError(int(fd))
+		return broken != nil
+	})
+	if broken != nil {
+		h.t.fail(h.from, opError("read", src, broken))
+		h.t.cut()
+	}
+}
+
+// resetError returns the pending error of a socket, or nil. It asks poll(2)
+// first, because SO_ERROR also returns (and clears) passing ICMP errors.
+func resetError(fd int) error {
+	p := [1]unix.PollFd{{Fd: int32(fd)}}
+	if _, err := unix.Poll(p[:], 0); err != nil || p[0].Revents&unix.POLLERR == 0 {
+		return nil
+	}
+	if errno, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && errno != 0 {
+		return unix.Errno(errno)
+	}
+	return unix.ECONNRESET
+}
