@@ -359,28 +359,3 @@ func TestExplainAgreesWithDecide(t *testing.T) {
 		t.Errorf("candidates = %+v, want the deny and the list", x.Candidates)
 	}
 }
-
-func BenchmarkDecide(b *testing.B) {
-	for _, n := range []int{1_000, 100_000} {
-		d := &Document{Version: 1}
-		for g := range 10 {
-			group := Group{Name: fmt.Sprint("g", g), Sources: []string{fmt.Sprintf("10.%d.0.0/16", g)}}
-			for i := range n / 10 {
-				group.Allow = append(group.Allow, bare(fmt.Sprintf("host-%d.service-%d.example.com", i, g))...)
-			}
-			d.Groups = append(d.Groups, group)
-		}
-		p := mustCompile(b, d)
-		for _, c := range []struct{ name, host string }{
-			{"allow", "host-42.service-3.example.com"}, {"deny", "host-x.service-3.example.com"},
-		} {
-			r := Request{Source: addr("10.3.1.1"), Name: MustName(c.host), Port: 443, Time: at}
-			b.Run(fmt.Sprintf("names=%d/%s", n, c.name), func(b *testing.B) {
-				b.ReportAllocs()
-				for b.Loop() {
-					p.Decide(r)
-				}
-			})
-		}
-	}
-}
