@@ -69,7 +69,6 @@ func newRoot() *cobra.Command {
 			"proxy (CONNECT with a look at the TLS ClientHello, plain HTTP) and a DNS resolver.",
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		Args:          cobra.NoArgs,
 	}
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError(fmt.Errorf("%w; see %s --help", err, cmd.CommandPath()))

@@ -153,7 +153,7 @@ func send(w io.Writer, seed uint64, size int) (sum []byte, n int64, err error) {
 			return nil, n, err
 		}
 		if rng.IntN(8) == 0 {
-			time.Sleep(time.Duration(rng.IntN(300)) * time.Microsecond) // lets the relay run dry
+			time.Sleep(time.Duration(rng.IntN(300)) * time.Microsecond) // pace: lets the relay run dry
 		}
 	}
 	return h.Sum(nil), n, nil

@@ -1,0 +1,61 @@
+# Targets for people; `make` lists them. POSIX make: no GNU extensions, so that
+# any make of any BSD or Linux runs it. Variables can be set on the command line:
+# make fuzz FUZZTIME=1m.
+
+PKG = ./...
+FUZZTIME = 20s
+BENCH = .
+COUNT = 1
+OUT = bin/sallyport
+LINT = go tool -modfile=.ci/tools.mod golangci-lint
+
+.POSIX:
+.PHONY: help build test lint fuzz bench e2e tools
+
+help: ## list the targets
+	@sed -n 's/^\([a-z0-9]*\):.*## \(.*\)/  \1	\2/p' Makefile | expand -t 12
+
+build: ## static binary in bin/, stamped with version and revision
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -w \
+		-X main.version=$$(git describe --tags --always --dirty 2>/dev/null || echo dev) \
+		-X main.revision=$$(git rev-parse HEAD 2>/dev/null || echo unknown)" \
+		-o $(OUT) ./cmd/sallyport
+
+test: tools ## every test, with the race detector
+	go test -race -timeout 10m $(PKG)
+
+lint: ## go vet, and formatting and linters of .golangci.yml
+	go vet $(PKG)
+	$(LINT) run
+
+fuzz: ## every fuzz target for FUZZTIME each (20s)
+	@set -e; for pkg in $$(go list $(PKG)); do \
+		for target in $$(go test -list '^Fuzz' $$pkg | grep '^Fuzz' || :); do \
+			echo "== $$pkg $$target"; \
+			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$pkg; \
+		done; \
+	done
+
+bench: ## benchmarks with allocations, in the format benchstat reads
+	go test -run '^$$' -bench '$(BENCH)' -benchmem -count $(COUNT) $(PKG)
+
+e2e: tools ## only the end-to-end tests: real curl and dig against the built binary
+	go test -race -count 1 -v ./test/e2e
+
+# The race detector needs a C compiler, the end-to-end tests real clients. On
+# Debian and its relatives what is missing is installed if we may; elsewhere the
+# message says what to install.
+tools:
+	@missing=; \
+	command -v cc >/dev/null 2>&1 || command -v gcc >/dev/null 2>&1 || missing="$$missing gcc libc6-dev"; \
+	command -v curl >/dev/null 2>&1 || missing="$$missing curl"; \
+	command -v dig >/dev/null 2>&1 || missing="$$missing dnsutils"; \
+	command -v openssl >/dev/null 2>&1 || missing="$$missing openssl"; \
+	test -e /etc/ssl/certs/ca-certificates.crt || test ! -e /etc/debian_version || missing="$$missing ca-certificates"; \
+	test -n "$$missing" || exit 0; \
+	if command -v apt-get >/dev/null 2>&1 && test "$$(id -u)" = 0; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; \
+	else \
+		echo "make test needs a C compiler, curl, dig and openssl. Missing here (Debian's package names):$$missing" >&2; \
+		exit 1; \
+	fi

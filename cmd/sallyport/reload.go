@@ -1,0 +1,139 @@
+package main
+
+import (
+	"context"
+	"strings"
+	"sync"
+	"time"
+
+	"sallyport/internal/admin"
+	"sallyport/policy/event"
+)
+
+// request asks the reloader for something; a request that is waiting already will do.
+func request(c chan<- struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// reloader reloads when asked, one at a time: the policy when its files changed,
+// the settings too on SIGHUP.
+func (g *gate) reloader(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-g.hangup:
+			g.reloadSettings()
+		case <-g.changed:
+		}
+		g.reloadPolicy()
+	}
+}
+
+// reloadSettings applies the settings that can change live and names those that
+// cannot. Bad settings change nothing.
+func (g *gate) reloadSettings() {
+	s, err := g.options.load()
+	if err != nil {
+		g.logger.Error().Err(err).Msg("settings not reloaded; the old ones stay in force")
+		return
+	}
+	if rest := g.settings.RestartOnly(s); len(rest) > 0 {
+		g.logger.Warn().Strs("settings", rest).Msg("these settings change at the next start only")
+	}
+	if err := g.log.SetLevel(s.Log.Level); err != nil {
+		g.logger.Error().Err(err).Msg("log level not changed")
+		return
+	}
+	g.settings.Log.Level = s.Log.Level
+}
+
+// reloadPolicy compiles the policy anew and puts it in force, or keeps the old one.
+func (g *gate) reloadPolicy() {
+	began := time.Now()
+	p, warnings, err := g.source.load()
+	if err == nil {
+		for _, w := range warnings {
+			g.logger.Warn().Msg(w.Error())
+		}
+		if p.Revision() != g.store.Policy().Revision() {
+			g.store.Swap(p)
+		}
+	}
+	ev := event.Event{Time: began, Kind: event.Config, Name: "policy", Duration: time.Since(began)}
+	ev.Decision.Revision = g.store.Policy().Revision()
+	if err != nil {
+		ev.Error = err.Error()
+		for line := range strings.SplitSeq(ev.Error, "\n") {
+			g.logger.Error().Msg("policy not reloaded, the last good one stays in force: " + line)
+		}
+	}
+	g.observer.Observe(&ev)
+	now := time.Now()
+	g.metrics.SetReload(err == nil, now)
+	g.status.reloaded(ev.Decision.Revision, err, now)
+}
+
+// status is what /readyz reports.
+type status struct {
+	mu       sync.Mutex // guards the rest
+	up       bool
+	draining bool
+	policy   admin.Policy
+}
+
+// loaded notes the first policy.
+func (s *status) loaded(revision string, at time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.policy = admin.Policy{Revision: revision, LoadedAt: at, LastReload: admin.Reload{OK: true, At: at}}
+}
+
+// reloaded notes an attempt to reload, after it is in force or refused.
+func (s *status) reloaded(revision string, err error, at time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if revision != s.policy.Revision {
+		s.policy.Revision, s.policy.LoadedAt = revision, at
+	}
+	s.policy.LastReload = admin.Reload{OK: err == nil, At: at}
+	if err != nil {
+		s.policy.LastReload.Error = err.Error()
+	}
+}
+
+func (s *status) serving(up bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.up = up
+}
+
+func (s *status) drain() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.draining = true
+}
+
+// upstreamPatience bounds what /readyz waits for an upstream.
+const upstreamPatience = 2 * time.Second
+
+// readiness answers /readyz.
+func (g *gate) readiness(ctx context.Context) admin.Status {
+	g.status.mu.Lock()
+	st := admin.Status{
+		Draining:  g.status.draining,
+		Policy:    g.status.policy,
+		Listeners: map[string]bool{"proxy": g.status.up && !g.status.draining, "dns": g.status.up && !g.status.draining},
+	}
+	g.status.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, upstreamPatience)
+	defer cancel()
+	st.Upstream.OK = true
+	if err := g.resolver.CheckUpstreams(ctx); err != nil {
+		st.Upstream = admin.Upstream{Error: err.Error()}
+	}
+	return st
+}

@@ -1,0 +1,301 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/rs/zerolog"
+	"github.com/spf13/cobra"
+
+	"sallyport/dnsfilter"
+	"sallyport/internal/admin"
+	"sallyport/internal/config"
+	"sallyport/internal/eventlog"
+	"sallyport/internal/metrics"
+	"sallyport/policy"
+	"sallyport/policy/event"
+	"sallyport/proxy"
+)
+
+func newRun(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use:   "run",
+		Short: "Serve: proxy, resolver and admin in one process",
+		Long: "Serve: proxy, resolver and admin in one process. Without settings and policy the\n" +
+			"embedded ones serve loopback alone.\n\n" +
+			"SIGHUP reloads policy and live settings, SIGUSR1 reopens the log file, SIGTERM and\n" +
+			"SIGINT drain and stop (a second one stops at once).",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			settings, err := o.load()
+			if err != nil {
+				return err
+			}
+			g, err := newGate(o, settings)
+			if err != nil {
+				return err
+			}
+			return g.run(cmd.Context(), cmd.ErrOrStderr())
+		},
+	}
+}
+
+// A gate is the whole of a running process.
+type gate struct {
+	options  *options
+	settings config.Settings
+	source   source
+	store    policy.Store
+	status   status
+	log      *eventlog.Writer
+	logger   zerolog.Logger
+	metrics  *metrics.Metrics
+	observer event.Observer
+	resolver *dnsfilter.Resolver
+	dns      *dnsfilter.Server
+	proxy    *proxy.Server
+	admin    *admin.Server
+	hangup   chan struct{} // SIGHUP asks for a reload of settings and policy
+	changed  chan struct{} // the policy's files ask for one of the policy
+}
+
+// newGate builds everything and loads the policy. Nothing listens yet.
+func newGate(o *options, s config.Settings) (*gate, error) {
+	g := &gate{options: o, settings: s, source: newSource(s), hangup: make(chan struct{}, 1), changed: make(chan struct{}, 1)}
+	first, warnings, err := g.source.load()
+	if err != nil {
+		return nil, usageError(err)
+	}
+	if g.log, err = eventlog.Open(eventlog.Options{
+		Format: eventlog.Format(s.Log.Format), Output: s.Log.Output, Level: s.Log.Level, Node: s.Node,
+	}); err != nil {
+		return nil, &exitError{exitFailure, err}
+	}
+	g.logger = g.log.Logger()
+	for _, w := range warnings {
+		g.logger.Warn().Msg(w.Error())
+	}
+	v, rev := build()
+	g.metrics = metrics.New(metrics.Options{
+		Version: v, Revision: rev, LogDropped: g.log.Dropped,
+		Tunnels: func() int { return g.proxy.Stats().Tunnels },
+		Cache: func() metrics.CacheStats {
+			st := g.resolver.Stats()
+			return metrics.CacheStats{Hits: st.CacheHits, Misses: st.CacheMisses - st.CacheStale, Stale: st.CacheStale}
+		},
+	})
+	g.observer = event.Observers{g.metrics, g.log}
+	if g.resolver, err = dnsfilter.New(g.dnsConfig()); err != nil {
+		return nil, usageError(err)
+	}
+	g.dns = dnsfilter.NewServer(g.resolver)
+	g.proxy = proxy.New(g.proxyConfig())
+	g.admin = admin.New(admin.Config{
+		Listen: s.Admin.Listen, Status: g.readiness, Metrics: g.metrics.Handler(),
+	})
+	g.store.OnChange(g.policyChanged)
+	g.store.Swap(first)
+	g.status.loaded(first.Revision(), time.Now())
+	g.metrics.SetReload(true, time.Now())
+	return g, nil
+}
+
+func (g *gate) dnsConfig() dnsfilter.Config {
+	s := g.settings.DNS
+	c := dnsfilter.Config{
+		Decider: &g.store, Observer: g.observer, Logger: g.logger,
+		Listen: s.Listen, Upstreams: s.Upstreams, HostsFile: s.HostsFile,
+		Deny: dnsfilter.Denial(s.Deny), HTTPSRecords: dnsfilter.HTTPSRecords(s.HTTPSRecords), CNAMEs: dnsfilter.CNAMEs(s.CNAMEs),
+		MaxUDPSize: s.EDNSSize,
+		Cache: dnsfilter.Cache{
+			Size: s.Cache.Size, MinTTL: s.Cache.MinTTL, MaxTTL: s.Cache.MaxTTL, ServeStale: s.Cache.ServeStale,
+		},
+	}
+	for _, z := range s.Zones {
+		c.Zones = append(c.Zones, dnsfilter.Zone{Zone: z.Zone, Upstreams: z.Upstreams})
+	}
+	for _, r := range s.Records {
+		c.Records = append(c.Records, dnsfilter.Record{Name: r.Name, Type: r.Type, Value: r.Value, TTL: r.TTL})
+	}
+	return c
+}
+
+func (g *gate) proxyConfig() proxy.Config {
+	s := g.settings.Proxy
+	return proxy.Config{
+		Decider: &g.store, Resolver: g.resolver, Observer: g.observer, Logger: g.logger,
+		Listen: s.Listen, HelpURL: s.HelpURL,
+		Timeouts: proxy.Timeouts{
+			Connect: s.Timeouts.Connect, ClientHello: s.Timeouts.ClientHello, RequestHeader: s.Timeouts.RequestHeader,
+			Idle: s.Timeouts.Idle, Drain: s.Timeouts.Drain,
+		},
+		Limits: proxy.Limits{
+			Tunnels: s.Limits.Tunnels, TunnelsPerSource: s.Limits.TunnelsPerSource,
+			ClientHelloBytes: s.Limits.ClientHelloBytes, HeaderBytes: s.Limits.HeaderBytes,
+		},
+	}
+}
+
+// policyChanged tells everything that outlives a request of a new policy.
+func (g *gate) policyChanged(p *policy.Policy) {
+	g.metrics.SetPolicy(p.Revision(), p.GroupNames())
+	g.proxy.Recheck()
+}
+
+// run serves until ctx ends or something fails. It owns every goroutine that
+// outlives a request, and waits for all of them.
+func (g *gate) run(ctx context.Context, hints io.Writer) error {
+	logCtx, stopLog := context.WithCancel(context.WithoutCancel(ctx))
+	logDone := make(chan error, 1)
+	go func() { logDone <- g.log.Run(logCtx) }()
+	err := g.serve(ctx, hints)
+	stopLog()
+	return errors.Join(err, failure(<-logDone))
+}
+
+// failure gives err the exit status of something that did not work.
+func failure(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &exitError{exitFailure, err}
+}
+
+// serve listens, runs the servers until ctx ends or one of them fails, drains and
+// stops.
+func (g *gate) serve(ctx context.Context, hints io.Writer) error {
+	for _, listen := range []func() error{g.proxy.Listen, g.dns.Listen, g.admin.Listen} {
+		if err := listen(); err != nil {
+			g.closeListeners()
+			return failure(err)
+		}
+	}
+	g.announce(hints)
+
+	servers, stopServers := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopServers()
+	helpers, stopHelpers := context.WithCancel(servers)
+	defer stopHelpers()
+	failed := make(chan error, 4)
+	var wg sync.WaitGroup
+	start := func(name string, serve func(context.Context) error, ctx context.Context) {
+		wg.Go(func() {
+			if err := serve(ctx); err != nil {
+				failed <- fmt.Errorf("%s: %w", name, err)
+			}
+		})
+	}
+	start("proxy", g.proxy.Serve, servers)
+	start("resolver", g.dns.Serve, servers)
+	start("admin", g.admin.Serve, servers)
+	if g.source.files != nil {
+		start("watch policy", g.watch, helpers)
+	}
+	wg.Go(func() { g.reloader(helpers) })
+	wg.Go(func() { g.signals(helpers) })
+	g.status.serving(true)
+
+	var err error
+	select {
+	case <-ctx.Done():
+		g.logger.Info().Dur("drain_ms", g.settings.Proxy.Timeouts.Drain).Msg("draining")
+	case err = <-failed:
+		g.logger.Error().Err(err).Msg("a server failed; stopping")
+	}
+	stopHelpers()
+	g.drain()
+	stopServers()
+	wg.Wait()
+	g.resolver.Close()
+	g.logger.Info().Msg("stopped")
+	return failure(err)
+}
+
+// drain stops the listeners and lets what is under way end, for as long as
+// proxy.timeouts.drain says.
+func (g *gate) drain() {
+	g.status.drain()
+	ctx, cancel := context.WithTimeout(context.Background(), g.settings.Proxy.Timeouts.Drain)
+	defer cancel()
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := g.dns.Shutdown(ctx); err != nil {
+			g.logger.Warn().Err(err).Msg("queries were cut off")
+		}
+	})
+	if err := g.proxy.Shutdown(ctx); err != nil {
+		g.logger.Warn().Err(err).Msg("connections were cut off")
+	}
+	wg.Wait()
+}
+
+// closeListeners gives back what was bound before another listener failed.
+func (g *gate) closeListeners() {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	_ = g.proxy.Shutdown(ctx) // nothing was served yet
+	_ = g.dns.Shutdown(ctx)
+	g.admin.Close()
+	g.resolver.Close()
+}
+
+// announce says where the gate listens, in the log for programs and in hints for
+// the person who started it.
+func (g *gate) announce(hints io.Writer) {
+	say := func(listener, addr string) {
+		g.logger.Info().Str("listener", listener).Str("addr", addr).Msg("listening")
+	}
+	for _, a := range g.proxy.Addrs() {
+		say("proxy", a.String())
+	}
+	for _, a := range g.dns.Addrs() {
+		say("dns", a.String())
+	}
+	for _, a := range g.admin.Addrs() {
+		say("admin", a.String())
+	}
+	if g.settings.File != "" {
+		return
+	}
+	fmt.Fprintf(hints, "sallyport serves with its embedded settings; policy: %s. Try:\n", g.settings.Policy.Source)
+	if as := g.proxy.Addrs(); len(as) > 0 {
+		fmt.Fprintf(hints, "  curl -x http://%s https://www.example.com/\n", as[0])
+	}
+	if as := g.dns.Addrs(); len(as) > 0 {
+		fmt.Fprintf(hints, "  dig @%s -p %d www.example.com\n", as[0].Addr(), as[0].Port())
+	}
+}
+
+// watch asks for a reload whenever the policy's files change.
+func (g *gate) watch(ctx context.Context) error {
+	g.source.files.OnError = func(err error) {
+		g.logger.Warn().Err(err).Msg("changes of the policy are noticed by polling for now")
+	}
+	return g.source.files.Watch(ctx, func() { request(g.changed) })
+}
+
+// signals serves SIGHUP and SIGUSR1.
+func (g *gate) signals(ctx context.Context) {
+	c := make(chan os.Signal, 4)
+	signal.Notify(c, syscall.SIGHUP, syscall.SIGUSR1)
+	defer signal.Stop(c)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case s := <-c:
+			if s == syscall.SIGHUP {
+				request(g.hangup)
+			} else if err := g.log.Reopen(); err != nil {
+				g.logger.Error().Err(err).Msg("the old log file stays in use")
+			}
+		}
+	}
+}

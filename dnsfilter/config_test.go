@@ -1,0 +1,71 @@
+package dnsfilter
+
+import (
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestNewReportsEveryMistake(t *testing.T) {
+	_, err := New(Config{
+		Listen:       []string{"localhost:53", "127.0.0.1:1053", ":99999", "127.0.0.1"},
+		Upstreams:    []string{"127.0.0.1:1053", "dns.test", ""},
+		Zones:        []Zone{{Zone: "-bad-", Upstreams: []string{"192.0.2.1"}}, {Zone: "a.test"}, {Zone: "A.test.", Upstreams: []string{"x"}}},
+		Deny:         "drop",
+		HTTPSRecords: "strip",
+		CNAMEs:       "follow",
+		MaxUDPSize:   100,
+		Cache:        Cache{Size: -1, MinTTL: time.Hour, MaxTTL: time.Minute, ServeStale: -1},
+		Records: []Record{
+			{Name: "a..test", Type: "A", Value: "192.0.2.1"},
+			{Name: "a.test", Type: "A", Value: "2001:db8::1"},
+			{Name: "a.test", Type: "MX", Value: "10 mail.test"},
+			{Name: "a.test", Type: "SRV", Value: "1 2 3"},
+			{Name: "a.test", Type: "SRV", Value: "1 2 99999 b.test"},
+			{Name: "a.test", Type: "CNAME", Value: "1.2.3.4"},
+			{Name: "a.test", Type: "A", Value: "192.0.2.1", TTL: time.Millisecond},
+			{Name: "b.test", Type: "CNAME", Value: "c.test"},
+			{Name: "b.test", Type: "TXT", Value: "x"},
+		},
+	})
+	if err == nil {
+		t.Fatal("New() took it")
+	}
+	got := err.Error()
+	for _, want := range []string{
+		`dns.listen[0]: "localhost:53"`, "dns.listen[2]:", "dns.listen[3]:",
+		"dns.upstreams[0]: \"127.0.0.1:1053\" is this resolver itself", `dns.upstreams[1]: "dns.test"`, `dns.upstreams[2]: ""`,
+		"dns.zones[0].zone:", "dns.zones[1].upstreams:", "dns.zones[2].zone:", "dns.zones[2].upstreams[0]:",
+		`dns.deny: "drop"`, `dns.https_records: "strip"`, `dns.cnames: "follow"`, "dns.max_udp_size: 100",
+		"dns.cache.size: -1", "dns.cache.min_ttl: 1h0m0s is above", "dns.cache.serve_stale:",
+		"dns.records[0]: name:", "dns.records[1]: value:", "dns.records[2]: type:", "dns.records[3]: value:", "dns.records[4]: value:",
+		"dns.records[5]: value:", "dns.records[6]: ttl:", "dns.records[8]: b.test has a CNAME",
+	} {
+		if !strings.Contains(got, want) {
+			t.Errorf("no %q in\n%s", want, got)
+		}
+	}
+	for _, good := range []string{"dns.listen[1]", "dns.records[7]"} {
+		if strings.Contains(got, good) {
+			t.Errorf("%q is complained about in\n%s", good, got)
+		}
+	}
+}
+
+func TestLoopsAreSeen(t *testing.T) {
+	for _, tt := range []struct {
+		listen, upstream string
+		loop             bool
+	}{
+		{":53", "127.0.0.53", true}, {"0.0.0.0:53", "127.0.0.1", true}, {"[::]:53", "::1", true}, {"127.0.0.1:53", "127.0.0.1:53", true},
+		{"127.0.0.1:53", "127.0.0.53", false}, {":1053", "127.0.0.53", false}, {":53", "192.0.2.1", false}, {"127.0.0.1:53", "[::ffff:127.0.0.1]:53", true},
+	} {
+		r, err := New(Config{Listen: []string{tt.listen}, Upstreams: []string{tt.upstream}})
+		if (err != nil) != tt.loop {
+			t.Errorf("listen %s, upstream %s: %v", tt.listen, tt.upstream, err)
+		}
+		if err == nil {
+			r.Close()
+		}
+	}
+}

@@ -1,0 +1,159 @@
+package dnsfilter
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/miekg/dns"
+
+	"sallyport/policy"
+)
+
+const (
+	fileCheck    = time.Second // how often a file is looked at, at most
+	maxFile      = 64 << 20    // bytes read of one
+	hostsTTL     = 10          // seconds; the file may change at any time
+	maxHostAddrs = 64          // kept for one name
+)
+
+// A watched file is read again when its size or modification time has changed.
+type watched struct {
+	path string
+	load func(r io.Reader) error // r is empty if the file is missing; an error keeps what was loaded before
+	now  func() time.Time
+
+	next  atomic.Int64 // when to look again, in Unix nanoseconds
+	mu    sync.Mutex   // guards what follows, and load
+	mtime time.Time
+	size  int64
+	seen  bool
+}
+
+// refresh looks at the file if it is time to, and loads it if it has changed.
+// One caller in a second does so; the others return at once. An error is
+// returned once for each state of the file.
+func (w *watched) refresh() error {
+	now, next := w.now(), w.next.Load()
+	if now.UnixNano() < next || !w.next.CompareAndSwap(next, now.Add(fileCheck).UnixNano()) {
+		return nil
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var mtime time.Time
+	var size int64
+	fi, err := os.Stat(w.path)
+	if err == nil {
+		mtime, size = fi.ModTime(), fi.Size()
+	}
+	if w.seen && mtime.Equal(w.mtime) && size == w.size {
+		return nil
+	}
+	w.mtime, w.size, w.seen = mtime, size, true
+	return w.read(size)
+}
+
+func (w *watched) read(size int64) error {
+	if size > maxFile {
+		return fmt.Errorf("%s is larger than %d bytes", w.path, maxFile)
+	}
+	f, err := os.Open(w.path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return errors.Join(err, w.load(strings.NewReader("")))
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := w.load(io.LimitReader(f, maxFile)); err != nil {
+		return fmt.Errorf("read %s: %w", w.path, err)
+	}
+	return nil
+}
+
+// hosts is a hosts file (hosts(5)): names and their addresses.
+type hosts struct {
+	file  *watched
+	table atomic.Pointer[map[policy.Name][]netip.Addr]
+}
+
+func newHosts(path string, now func() time.Time) *hosts {
+	h := new(hosts)
+	h.table.Store(new(map[policy.Name][]netip.Addr))
+	h.file = &watched{path: path, now: now, load: h.load}
+	return h
+}
+
+func (h *hosts) load(r io.Reader) error {
+	table := make(map[policy.Name][]netip.Addr)
+	lines := bufio.NewScanner(r)
+	for lines.Scan() {
+		line, _, _ := strings.Cut(lines.Text(), "#")
+		fields := strings.Fields(line)
+		if len(fields) < 2 {
+			continue
+		}
+		addr, err := netip.ParseAddr(fields[0])
+		if err != nil || addr.Zone() != "" { // a zone has no form in the DNS
+			continue
+		}
+		for _, f := range fields[1:] {
+			name, err := policy.ParseName(f)
+			if err == nil && len(table[name]) < maxHostAddrs && !slices.Contains(table[name], addr.Unmap()) {
+				table[name] = append(table[name], addr.Unmap())
+			}
+		}
+	}
+	if err := lines.Err(); err != nil {
+		return err
+	}
+	h.table.Store(&table)
+	return nil
+}
+
+// reply answers what asks for the addresses of a name in the file, or could
+// lead around them; nil for everything else.
+func (h *hosts) reply(k key) *reply {
+	switch k.qtype {
+	case dns.TypeA, dns.TypeAAAA, dns.TypeHTTPS, dns.TypeSVCB:
+	default:
+		return nil
+	}
+	addrs, ok := (*h.table.Load())[k.name]
+	if !ok {
+		return nil
+	}
+	rep := &reply{local: true}
+	for _, a := range addrs {
+		if addressType(a) == k.qtype {
+			rep.answer = append(rep.answer, addressRR(k.fqdn(), a, hostsTTL))
+		}
+	}
+	return rep
+}
+
+// addressType returns the type of record that holds a.
+func addressType(a netip.Addr) uint16 {
+	if a.Is4() {
+		return dns.TypeA
+	}
+	return dns.TypeAAAA
+}
+
+// addressRR returns the record that says that name has address a.
+func addressRR(name string, a netip.Addr, ttl uint32) dns.RR {
+	h := dns.RR_Header{Name: name, Rrtype: addressType(a), Class: dns.ClassINET, Ttl: ttl}
+	if a.Is4() {
+		return &dns.A{Hdr: h, A: a.AsSlice()}
+	}
+	return &dns.AAAA{Hdr: h, AAAA: a.AsSlice()}
+}

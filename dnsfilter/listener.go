@@ -1,0 +1,128 @@
+package dnsfilter
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// acceptPause follows an error of Accept, such as having run out of descriptors.
+const acceptPause = 50 * time.Millisecond
+
+// A listener bounds the connections that it accepts.
+type listener struct {
+	net.Listener
+	conns *conns
+	down  <-chan struct{}
+}
+
+// Accept returns the next connection that is within the bounds, and closes the others.
+func (l *listener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		switch {
+		case errors.Is(err, net.ErrClosed):
+			return nil, err
+		case err != nil:
+			if !l.pause() {
+				return nil, net.ErrClosed
+			}
+		default:
+			if kept := l.conns.add(c); kept != nil {
+				return kept, nil
+			}
+			c.Close()
+		}
+	}
+}
+
+// pause waits a moment and reports whether to go on.
+func (l *listener) pause() bool {
+	t := time.NewTimer(acceptPause)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-l.down:
+		return false
+	}
+}
+
+// conns are the open TCP connections.
+type conns struct {
+	refused *atomic.Uint64
+
+	mu        sync.Mutex // guards what follows
+	open      map[*conn]struct{}
+	perSource map[netip.Addr]int
+}
+
+// add registers c, or returns nil if there are too many.
+func (cs *conns) add(c net.Conn) *conn {
+	kept := &conn{Conn: c, conns: cs}
+	if a, ok := c.RemoteAddr().(*net.TCPAddr); ok {
+		kept.source = a.AddrPort().Addr().Unmap()
+	}
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	if len(cs.open) >= maxConns || cs.perSource[kept.source] >= maxSourceConns {
+		cs.refused.Add(1)
+		return nil
+	}
+	cs.open[kept] = struct{}{}
+	cs.perSource[kept.source]++
+	return kept
+}
+
+func (cs *conns) remove(c *conn) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	if _, ok := cs.open[c]; !ok {
+		return
+	}
+	delete(cs.open, c)
+	if cs.perSource[c.source]--; cs.perSource[c.source] == 0 {
+		delete(cs.perSource, c.source)
+	}
+}
+
+func (cs *conns) closeAll() {
+	cs.mu.Lock()
+	open := make([]*conn, 0, len(cs.open))
+	for c := range cs.open {
+		open = append(open, c)
+	}
+	cs.mu.Unlock()
+	for _, c := range open {
+		c.Close()
+	}
+}
+
+// A conn is a client's connection. A client that does not read loses it.
+type conn struct {
+	net.Conn
+	conns  *conns
+	source netip.Addr
+}
+
+func (c *conn) Write(p []byte) (int, error) {
+	if err := c.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
+		return 0, err
+	}
+	n, err := c.Conn.Write(p)
+	if err != nil {
+		c.Close() // or the answers after it would be read as part of this one
+	}
+	return n, err
+}
+
+func (c *conn) Close() error {
+	c.conns.remove(c)
+	return c.Conn.Close()
+}
+
+func port(a netip.AddrPort) string { return strconv.Itoa(int(a.Port())) }

@@ -1,0 +1,112 @@
+package dnsfilter
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/miekg/dns"
+
+	"sallyport/policy"
+)
+
+// refusedTTL of sinkhole addresses, in seconds: short, for a reload may allow the name.
+const refusedTTL = 10
+
+// refusal returns the answer to a query that d denies, as denial says.
+func refusal(denial Denial, d policy.Decision, q dns.Question) *reply {
+	rep := &reply{local: true, ede: dns.ExtendedErrorCodeBlocked, why: d.Reason.String()}
+	if d.Reason == policy.ReasonUnmatchedSource {
+		rep.ede = dns.ExtendedErrorCodeProhibited
+	}
+	switch denial {
+	case DenyNXDomain:
+		rep.rcode = dns.RcodeNameError
+	case DenyNodata:
+	case DenySinkhole:
+		switch q.Qtype {
+		case dns.TypeA:
+			rep.answer = []dns.RR{addressRR(q.Name, netip.IPv4Unspecified(), refusedTTL)}
+		case dns.TypeAAAA:
+			rep.answer = []dns.RR{addressRR(q.Name, netip.IPv6Unspecified(), refusedTTL)}
+		}
+	default:
+		rep.rcode = dns.RcodeRefused
+	}
+	return rep
+}
+
+// filter removes from rep what req's source may not have: the addresses that do
+// not pass as its Destination, and what Config.HTTPSRecords and Config.CNAMEs say.
+// It returns the decision on what is left: d, or a denial if nothing of it is.
+func (s *Server) filter(rep *reply, req policy.Request, d policy.Decision) policy.Decision {
+	if s.cfg.CNAMEs == CNAMEsInspect {
+		if denied, ok := s.inspect(rep.answer, req); !ok {
+			return denied
+		}
+	}
+	var private policy.Decision // the last denial of an address
+	passes := func(a netip.Addr) bool {
+		r := req
+		r.Destination = a
+		got := s.cfg.Decider.Decide(r)
+		if !got.Passes() {
+			private = got
+		}
+		return got.Passes()
+	}
+	var changed []uint16 // types whose signatures no longer hold
+	left := false        // something of the type asked for
+	rep.answer = slices.DeleteFunc(rep.answer, func(rr dns.RR) bool {
+		drop := false
+		if a, ok := addressOf(rr); ok {
+			drop = !passes(a)
+		} else if sb := serviceBinding(rr); sb != nil {
+			hints := filterHints(sb, passes)
+			ech := s.cfg.HTTPSRecords == HTTPSStripECH && stripECH(sb)
+			if hints || ech {
+				changed = append(changed, rr.Header().Rrtype)
+			}
+		}
+		if drop {
+			changed = append(changed, rr.Header().Rrtype)
+		}
+		left = left || !drop && rr.Header().Rrtype == req.QType
+		return drop
+	})
+	if len(changed) == 0 {
+		return d
+	}
+	rep.ad = false
+	rep.answer = slices.DeleteFunc(rep.answer, func(rr dns.RR) bool {
+		sig, ok := rr.(*dns.RRSIG)
+		return ok && slices.Contains(changed, sig.TypeCovered)
+	})
+	if left {
+		return d
+	}
+	rep.answer, rep.authority = nil, nil
+	rep.ede, rep.why = dns.ExtendedErrorCodeBlocked, private.Reason.String()
+	return private
+}
+
+// inspect decides every name that the answer leads to. It returns the first
+// denial, if there is one.
+func (s *Server) inspect(answer []dns.RR, req policy.Request) (policy.Decision, bool) {
+	for _, rr := range answer {
+		var target string
+		switch sb := serviceBinding(rr); {
+		case sb != nil:
+			target = sb.Target
+		case rr.Header().Rrtype == dns.TypeCNAME:
+			target = rr.(*dns.CNAME).Target
+		}
+		if target == "" || target == "." || strings.EqualFold(target, rr.Header().Name) {
+			continue
+		}
+		if d := s.decide(&req, target); !d.Passes() {
+			return d, false
+		}
+	}
+	return policy.Decision{}, true
+}

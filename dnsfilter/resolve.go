@@ -1,0 +1,378 @@
+package dnsfilter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/miekg/dns"
+
+	"sallyport/policy"
+)
+
+const (
+	maxFlights = 4096                    // questions being asked of upstreams at a time
+	staleWait  = 1800 * time.Millisecond // for a refresh, before the stale answer is given (RFC 8767, section 5)
+)
+
+var (
+	errBusy   = fmt.Errorf("over %d questions are being asked of upstreams", maxFlights)
+	errClosed = errors.New("the resolver is closed")
+)
+
+// A Resolver finds answers: in the hosts file, in the local records, in its cache,
+// and at the upstreams. It decides nothing. It is safe for concurrent use.
+type Resolver struct {
+	cfg     Config
+	hosts   *hosts
+	records records
+	pool    *pool            // of the names that are in no zone
+	zones   map[string]*pool // by zone
+	cache   *cache
+	timing  timing
+	counts  counts
+
+	life context.Context // of the exchanges with upstreams, which outlive who asked first
+	end  context.CancelFunc
+
+	mu      sync.Mutex // guards what follows
+	flights map[key]*flight
+	closed  bool
+	flying  sync.WaitGroup
+}
+
+// timing holds the bounds that tests shorten.
+type timing struct{ try, total, staleWait, delay time.Duration }
+
+// counts are the numbers behind Stats.
+type counts struct {
+	hits, misses, stale, coalesced, sent, failed, dropped, malformed atomic.Uint64
+}
+
+// Stats are numbers since the start, but for CacheEntries, CacheBytes and InFlight.
+type Stats struct {
+	CacheHits        uint64 // answered from the cache
+	CacheMisses      uint64 // not in the cache, or past its TTL
+	CacheStale       uint64 // answered from the cache past the TTL, also counted as misses
+	CacheEvictions   uint64 // forgotten for lack of room
+	CacheEntries     int    // answers in the cache
+	CacheBytes       int64  // their size in bytes
+	InFlight         int    // questions being asked of upstreams
+	Coalesced        uint64 // misses that waited for somebody else's question
+	UpstreamQueries  uint64 // exchanges with upstreams
+	UpstreamFailures uint64 // exchanges that ended without an answer
+	Dropped          uint64 // queries and connections dropped because too many were under way
+	Malformed        uint64 // packets that are no query to answer: FORMERR, NOTIMP, BADVERS, or ignored
+}
+
+// A flight is one question on its way to the upstreams, and all who wait for it.
+type flight struct {
+	done  chan struct{}
+	entry *entry // set before done is closed
+}
+
+// New returns a Resolver for c, or every mistake in c, each with its path in the
+// settings file. It reads the hosts file and resolv.conf but sends nothing. The
+// caller calls Close in the end.
+func New(c Config) (*Resolver, error) {
+	c = c.withDefaults()
+	r := &Resolver{
+		cfg:     c,
+		zones:   make(map[string]*pool),
+		timing:  timing{tryTimeout, totalTimeout, staleWait, resolutionDelay},
+		flights: make(map[key]*flight),
+	}
+	errs := []error{c.check()}
+	var err error
+	r.records, err = parseRecords(c.Records)
+	errs = append(errs, err)
+	ups, err := parseUpstreams("dns.upstreams", c.Upstreams, c.RootCAs)
+	errs = append(errs, err)
+	for i, u := range ups {
+		if c.listensOn(u.addr) {
+			errs = append(errs, fmt.Errorf("dns.upstreams[%d]: %q is this resolver itself", i, u.text))
+		}
+	}
+	r.pool = r.newPool(ups)
+	errs = append(errs, r.addZones())
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
+	}
+	r.cache = newCache(c.Cache)
+	r.life, r.end = context.WithCancel(context.Background())
+	if len(c.Upstreams) == 0 {
+		r.useSystem()
+	}
+	if c.HostsFile != "" {
+		r.hosts = newHosts(c.HostsFile, c.Now)
+		r.refreshHosts()
+	}
+	return r, nil
+}
+
+func (r *Resolver) newPool(ups []*upstream) *pool {
+	p := &pool{now: r.cfg.Now, timing: &r.timing, sent: &r.counts.sent, failed: &r.counts.failed}
+	p.ups.Store(&ups)
+	return p
+}
+
+func (r *Resolver) addZones() error {
+	var errs []error
+	for i, z := range r.cfg.Zones {
+		path := fmt.Sprintf("dns.zones[%d]", i)
+		name, err := policy.ParseName(z.Zone)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s.zone: %w", path, err))
+		}
+		if r.zones[name.String()] != nil {
+			errs = append(errs, fmt.Errorf("%s.zone: %s is there already; put all its upstreams together", path, name))
+		}
+		ups, err := parseUpstreams(path+".upstreams", z.Upstreams, r.cfg.RootCAs)
+		errs = append(errs, err)
+		if len(z.Upstreams) == 0 {
+			errs = append(errs, fmt.Errorf("%s.upstreams: none; a zone needs servers to ask", path))
+		}
+		r.zones[name.String()] = r.newPool(ups)
+	}
+	return errors.Join(errs...)
+}
+
+// listensOn reports whether a query to addr would come back to a Server of c.
+func (c Config) listensOn(addr netip.AddrPort) bool {
+	return slices.ContainsFunc(c.Listen, func(s string) bool {
+		l, err := parseListen(s)
+		all := !l.Addr().IsValid() || l.Addr().IsUnspecified()
+		return err == nil && addr.IsValid() && l.Port() == addr.Port() &&
+			(l.Addr() == addr.Addr().Unmap() || all && addr.Addr().Unmap().IsLoopback())
+	})
+}
+
+// useSystem takes the upstreams from resolv.conf, and again whenever it changes.
+func (r *Resolver) useSystem() {
+	file := &watched{path: r.cfg.ResolvConf, now: r.cfg.Now, load: r.loadResolvConf}
+	r.pool.refresh = func() {
+		if err := file.refresh(); err != nil {
+			r.cfg.Logger.Warn().Err(err).Msg("cannot read the system's name servers; set dns.upstreams")
+		}
+	}
+	r.pool.refresh()
+}
+
+func (r *Resolver) loadResolvConf(f io.Reader) error {
+	conf, err := dns.ClientConfigFromReader(f)
+	if err != nil {
+		return err
+	}
+	var ups []*upstream
+	for _, s := range conf.Servers {
+		u, err := parseUpstream(s, nil)
+		if err != nil || r.cfg.listensOn(u.addr) {
+			r.cfg.Logger.Warn().Str("file", r.cfg.ResolvConf).Str("nameserver", s).Msg("name server not used: no address, or this resolver itself")
+			continue
+		}
+		ups = append(ups, u)
+	}
+	if len(ups) == 0 {
+		r.cfg.Logger.Warn().Str("file", r.cfg.ResolvConf).Msg("no name server found; set dns.upstreams")
+	}
+	old := r.pool.ups.Swap(&ups)
+	for _, u := range *old {
+		u.close()
+	}
+	return nil
+}
+
+func (r *Resolver) refreshHosts() {
+	if err := r.hosts.file.refresh(); err != nil {
+		r.cfg.Logger.Warn().Err(err).Msg("cannot read the hosts file")
+	}
+}
+
+// Close ends what is under way with the upstreams and waits for it. What is
+// asked afterwards fails.
+func (r *Resolver) Close() {
+	r.mu.Lock()
+	r.closed = true
+	r.mu.Unlock()
+	r.end()
+	r.flying.Wait()
+	r.pool.close()
+	for _, p := range r.zones {
+		p.close()
+	}
+}
+
+// Stats returns the numbers so far, of the Resolver and its Server.
+func (r *Resolver) Stats() Stats {
+	c := &r.counts
+	s := Stats{
+		CacheHits: c.hits.Load(), CacheMisses: c.misses.Load(), CacheStale: c.stale.Load(),
+		CacheEvictions: r.cache.evicted.Load(), Coalesced: c.coalesced.Load(),
+		UpstreamQueries: c.sent.Load(), UpstreamFailures: c.failed.Load(),
+		Dropped: c.dropped.Load(), Malformed: c.malformed.Load(),
+	}
+	s.CacheEntries, s.CacheBytes = r.cache.size()
+	r.mu.Lock()
+	s.InFlight = len(r.flights)
+	r.mu.Unlock()
+	return s
+}
+
+// CheckUpstreams returns nil if one of Config.Upstreams has answered within the
+// last ten seconds or answers now, whatever it answers. Otherwise the error is
+// that of the last one asked. Zones are not looked at.
+func (r *Resolver) CheckUpstreams(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, r.timing.total)
+	defer cancel()
+	return r.pool.probe(ctx)
+}
+
+// UpstreamOK reports whether the last exchange with at least one of
+// Config.Upstreams went well, or none has been tried yet. It sends nothing.
+func (r *Resolver) UpstreamOK() bool { return !r.pool.failing() }
+
+// resolve returns the whole answer to k, following aliases that an upstream or a
+// local record leaves open. The error is that of ctx, or that the Resolver is busy or closed;
+// what upstreams failed at is in the reply.
+func (r *Resolver) resolve(ctx context.Context, k key) (*reply, error) {
+	rep, err := r.lookup(ctx, k)
+	for hops := 0; err == nil && !rep.next.IsZero(); hops++ {
+		if hops == maxChain {
+			return &reply{rcode: dns.RcodeServerFailure, err: errors.New("too many aliases")}, nil
+		}
+		k.name = rep.next
+		var more *reply
+		if more, err = r.lookup(ctx, k); err == nil {
+			rep.extend(more)
+		}
+	}
+	return rep, err
+}
+
+// lookup returns what is known of k, or can be found out.
+func (r *Resolver) lookup(ctx context.Context, k key) (*reply, error) {
+	rep, stale, retry := r.known(k)
+	if rep != nil {
+		return rep, nil
+	}
+	r.counts.misses.Add(1)
+	e := stale
+	if stale == nil || retry {
+		var err error
+		if e, err = r.fetch(ctx, k, stale); err != nil {
+			return nil, err
+		}
+	}
+	if e == stale {
+		r.counts.stale.Add(1)
+	}
+	return e.reply(r.cfg.Now(), e == stale), nil
+}
+
+// known returns the answer to k as far as it takes no upstream, or what stands in
+// if the upstreams fail and whether to ask them.
+func (r *Resolver) known(k key) (rep *reply, stale *entry, retry bool) {
+	if r.hosts != nil {
+		r.refreshHosts()
+		if rep := r.hosts.reply(k); rep != nil {
+			return rep, nil, false
+		}
+	}
+	if rep := r.records.reply(k); rep != nil {
+		return rep, nil, false
+	}
+	now := r.cfg.Now()
+	fresh, stale, retry := r.cache.get(k, now)
+	if fresh == nil {
+		return nil, stale, retry
+	}
+	r.counts.hits.Add(1)
+	return fresh.reply(now, false), nil, false
+}
+
+// fetch asks the upstreams, together with everybody who asks the same. It gives
+// up on them after a while, or if they fail, if there is something stale to return.
+func (r *Resolver) fetch(ctx context.Context, k key, stale *entry) (*entry, error) {
+	f, err := r.join(k)
+	if err != nil {
+		return nil, err
+	}
+	var patience <-chan time.Time
+	if stale != nil {
+		t := time.NewTimer(r.timing.staleWait)
+		defer t.Stop()
+		patience = t.C
+	}
+	select {
+	case <-f.done:
+	case <-patience:
+		return stale, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	if f.entry.err != nil && stale != nil {
+		return stale, nil
+	}
+	return f.entry, nil
+}
+
+// join returns the flight for k that is under way, or starts one.
+func (r *Resolver) join(k key) (*flight, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if f := r.flights[k]; f != nil {
+		r.counts.coalesced.Add(1)
+		return f, nil
+	}
+	if r.closed {
+		return nil, errClosed
+	}
+	if len(r.flights) == maxFlights {
+		r.counts.dropped.Add(1)
+		return nil, errBusy
+	}
+	f := &flight{done: make(chan struct{})}
+	r.flights[k] = f
+	r.flying.Go(func() { r.fly(k, f) })
+	return f, nil
+}
+
+// fly asks the upstreams and remembers the answer.
+func (r *Resolver) fly(k key, f *flight) {
+	ctx, cancel := context.WithTimeout(r.life, r.timing.total)
+	defer cancel()
+	m, err := r.poolFor(k.name).exchange(ctx, k.query())
+	now := r.cfg.Now()
+	if err != nil {
+		f.entry = failedEntry(k, err, failureEDE(err), now)
+	} else {
+		f.entry = newEntry(k, m, now, r.cfg.Cache)
+	}
+	r.cache.put(k, f.entry, now) // before the flight ends, so that nobody begins another
+	r.mu.Lock()
+	delete(r.flights, k)
+	r.mu.Unlock()
+	close(f.done)
+}
+
+// poolFor returns the upstreams of the longest zone that name is in, or the general ones.
+func (r *Resolver) poolFor(name policy.Name) *pool {
+	for s := name.String(); len(r.zones) > 0; {
+		if p, ok := r.zones[s]; ok {
+			return p
+		}
+		_, parent, ok := strings.Cut(s, ".")
+		if !ok {
+			break
+		}
+		s = parent
+	}
+	return r.pool
+}

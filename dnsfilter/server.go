@@ -1,0 +1,307 @@
+package dnsfilter
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/miekg/dns"
+)
+
+const (
+	maxInFlight    = 4096             // UDP queries under way; more are dropped
+	maxConns       = 1024             // TCP connections, each with one query under way
+	maxSourceConns = 128              // TCP connections of one address
+	firstQuery     = 5 * time.Second  // for a TCP connection to send its first query
+	idleTimeout    = 10 * time.Second // between queries on a TCP connection (RFC 7766, section 6.2.3)
+	writeTimeout   = 5 * time.Second  // for a TCP client to take an answer
+	bindAttempts   = 10               // to find a port that is free for both UDP and TCP
+	readSize       = 4096             // bytes of a query over UDP
+)
+
+var errServing = errors.New("the server is serving already or shut down")
+
+// A Server answers DNS clients over UDP and TCP, as policy allows each of them:
+// Listen, then Serve, and Shutdown in the end.
+type Server struct {
+	resolver *Resolver
+	cfg      *Config
+	counts   *counts
+	serial   atomic.Uint64 // of events
+	inFlight atomic.Int64  // UDP queries under way
+	conns    conns
+
+	mu       sync.Mutex // guards what follows
+	bound    []*dns.Server
+	addrs    []netip.AddrPort
+	life     context.Context // of the queries under way
+	end      context.CancelFunc
+	serving  bool
+	down     chan struct{}  // closed when Shutdown begins
+	finished chan struct{}  // closed when Serve returns
+	starting sync.WaitGroup // bound servers that can not be shut down yet
+}
+
+// NewServer returns a Server that answers from r, with r's Config. The caller
+// keeps ownership of r, and closes it after the Server.
+func NewServer(r *Resolver) *Server {
+	s := &Server{resolver: r, cfg: &r.cfg, counts: &r.counts,
+		down: make(chan struct{}), finished: make(chan struct{})}
+	s.conns.open = make(map[*conn]struct{})
+	s.conns.perSource = make(map[netip.Addr]int)
+	s.conns.refused = &r.counts.dropped
+	s.life, s.end = context.WithCancel(context.Background())
+	return s
+}
+
+// Listen binds every address of Config.Listen for UDP and TCP, or none. The error
+// names each address that could not be bound, such as "listen udp 127.0.0.1:53:
+// bind: address already in use". Clients are answered when Serve runs.
+func (s *Server) Listen() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var errs []error
+	for _, text := range s.cfg.Listen {
+		addr, err := parseListen(text)
+		if err == nil {
+			err = s.bind(addr)
+		}
+		if err != nil {
+			errs = append(errs, err)
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		s.unbind()
+		return err
+	}
+	for _, a := range s.addrs {
+		s.cfg.Logger.Info().Str("listener", "dns").Stringer("addr", a).Msg("listening")
+	}
+	return nil
+}
+
+// bind binds addr for UDP and TCP.
+func (s *Server) bind(addr netip.AddrPort) error {
+	udp, tcp, err := listenBoth(addr)
+	for range bindAttempts - 1 {
+		if err == nil || addr.Port() != 0 {
+			break
+		}
+		udp, tcp, err = listenBoth(addr) // the free UDP port was none for TCP
+	}
+	if err != nil {
+		return err
+	}
+	s.addrs = append(s.addrs, udp.LocalAddr().(*net.UDPAddr).AddrPort())
+	s.bound = append(s.bound, s.udpServer(udp), s.tcpServer(tcp))
+	return nil
+}
+
+func listenBoth(addr netip.AddrPort) (net.PacketConn, net.Listener, error) {
+	host, family := "", ""
+	if addr.Addr().IsValid() {
+		host = addr.Addr().String()
+	}
+	if addr.Addr() == netip.IPv4Unspecified() {
+		family = "4" // or it would mean IPv6 as well
+	}
+	udp, err := net.ListenPacket("udp"+family, net.JoinHostPort(host, port(addr)))
+	if err != nil {
+		return nil, nil, err
+	}
+	same := udp.LocalAddr().(*net.UDPAddr).AddrPort()
+	tcp, err := net.Listen("tcp"+family, net.JoinHostPort(host, port(same)))
+	if err != nil {
+		udp.Close()
+		return nil, nil, err
+	}
+	return udp, tcp, nil
+}
+
+// udpServer returns the server of a UDP socket. miekg/dns answers from the
+// address that was asked, as long as it is given the bare *net.UDPConn.
+func (s *Server) udpServer(c net.PacketConn) *dns.Server {
+	return &dns.Server{
+		PacketConn:     c,
+		UDPSize:        readSize,
+		DecorateReader: func(r dns.Reader) dns.Reader { return boundedReader{r, s} },
+		// Each packet that boundedReader let in ends in exactly one of these three.
+		Handler: dns.HandlerFunc(func(w dns.ResponseWriter, m *dns.Msg) {
+			defer s.inFlight.Add(-1)
+			s.handle(s.life, w, m)
+		}),
+		MsgAcceptFunc: func(h dns.Header) dns.MsgAcceptAction {
+			action := s.accept(h)
+			if action != dns.MsgAccept {
+				s.inFlight.Add(-1)
+			}
+			return action
+		},
+		MsgInvalidFunc: func([]byte, error) {
+			s.counts.malformed.Add(1)
+			s.inFlight.Add(-1)
+		},
+	}
+}
+
+// tcpServer returns the server of a TCP listener. It takes the queries of a
+// connection one after the other, so the bound on connections bounds the queries.
+func (s *Server) tcpServer(l net.Listener) *dns.Server {
+	return &dns.Server{
+		Listener:       &listener{Listener: l, conns: &s.conns, down: s.down},
+		ReadTimeout:    firstQuery,
+		IdleTimeout:    func() time.Duration { return idleTimeout },
+		MaxTCPQueries:  -1,
+		Handler:        dns.HandlerFunc(func(w dns.ResponseWriter, m *dns.Msg) { s.handle(s.life, w, m) }),
+		MsgAcceptFunc:  s.accept,
+		MsgInvalidFunc: func([]byte, error) { s.counts.malformed.Add(1) },
+	}
+}
+
+// accept is the function accept with a count of what is not.
+func (s *Server) accept(h dns.Header) dns.MsgAcceptAction {
+	action := accept(h)
+	if action != dns.MsgAccept {
+		s.counts.malformed.Add(1)
+	}
+	return action
+}
+
+// A boundedReader drops packets while too many are under way: miekg/dns starts a
+// goroutine for each that it reads.
+type boundedReader struct {
+	dns.Reader
+	s *Server
+}
+
+func (r boundedReader) ReadUDP(c *net.UDPConn, timeout time.Duration) ([]byte, *dns.SessionUDP, error) {
+	for {
+		p, session, err := r.Reader.ReadUDP(c, timeout)
+		if err != nil {
+			return nil, nil, err
+		}
+		if r.s.inFlight.Add(1) <= maxInFlight {
+			return p, session, nil
+		}
+		r.s.inFlight.Add(-1)
+		r.s.counts.dropped.Add(1)
+	}
+}
+
+// Addrs returns the bound addresses in the order of Config.Listen, each for UDP and TCP.
+func (s *Server) Addrs() []netip.AddrPort {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return append([]netip.AddrPort(nil), s.addrs...)
+}
+
+// Serve answers queries until Shutdown is called or ctx is done, which ends
+// everything under way at once; it returns nil then. If a listener fails, Serve
+// ends with its error. It can be called once.
+func (s *Server) Serve(ctx context.Context) error {
+	s.mu.Lock()
+	if s.serving || isClosed(s.down) {
+		s.mu.Unlock()
+		return errServing
+	}
+	s.serving = true
+	bound := s.bound
+	s.starting.Add(len(bound))
+	s.mu.Unlock()
+	defer close(s.finished)
+	defer s.end()
+
+	defer context.AfterFunc(ctx, s.abort)()
+	ended := make(chan error, len(bound))
+	for _, srv := range bound {
+		go s.run(srv, ended)
+	}
+	var failed error
+	for range bound {
+		if err := <-ended; err != nil && failed == nil {
+			failed = err
+			go s.abort()
+		}
+	}
+	select {
+	case <-ctx.Done(): // without listeners there is nothing else to wait for
+	case <-s.down:
+	}
+	return failed
+}
+
+// run serves one socket until it is shut down or fails.
+func (s *Server) run(srv *dns.Server, ended chan<- error) {
+	started := sync.OnceFunc(s.starting.Done)
+	srv.NotifyStartedFunc = started
+	err := srv.ActivateAndServe()
+	started()
+	ended <- err
+}
+
+// abort shuts down without waiting for anybody.
+func (s *Server) abort() {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	s.Shutdown(ctx) //nolint:errcheck // that it did not wait is no news
+}
+
+// Shutdown stops taking queries and waits for those under way until ctx is done;
+// then it cuts them off and returns ctx's error. Serve returns afterwards.
+func (s *Server) Shutdown(ctx context.Context) error {
+	s.mu.Lock()
+	first := !isClosed(s.down)
+	if first {
+		close(s.down)
+	}
+	serving := s.serving
+	if !serving {
+		s.unbind()
+	}
+	s.mu.Unlock()
+	if !serving {
+		s.end()
+		return nil
+	}
+	if first {
+		s.starting.Wait() // not for long: a server that starts asks nobody
+		var stopping sync.WaitGroup
+		for _, srv := range s.bound {
+			stopping.Go(func() { srv.ShutdownContext(ctx) }) //nolint:errcheck // only that ctx ended, or the server did before
+		}
+		stopping.Wait()
+	}
+	select {
+	case <-s.finished:
+		return nil
+	case <-ctx.Done():
+	}
+	s.end()
+	s.conns.closeAll()
+	return ctx.Err()
+}
+
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
+
+// unbind closes every socket. The caller holds mu.
+func (s *Server) unbind() {
+	for _, srv := range s.bound {
+		if srv.PacketConn != nil {
+			srv.PacketConn.Close()
+		} else {
+			srv.Listener.Close()
+		}
+	}
+	s.bound, s.addrs = nil, nil
+}

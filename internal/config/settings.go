@@ -1,0 +1,119 @@
+// Package config reads the settings of a sallyport process: listeners, timeouts,
+// where the policy and the log are. What is allowed is not a setting; that is
+// package policy's.
+//
+// Settings come from four layers, the first that names a key wins: flags,
+// environment variables, the settings file, the embedded default. Each layer is
+// checked strictly on its own, so that a mistake is reported where it was made,
+// with all the others, and never hidden by a layer above it.
+package config
+
+import (
+	"net/netip"
+	"time"
+)
+
+// Embedded is the value of policy.source that stands for the starter policy
+// inside the program.
+const Embedded = "embedded"
+
+// Settings say how one process runs. The fields are the keys of sallyport.yaml;
+// [Load] fills every one of them.
+//
+// The tags are the one description of a key: yaml is its name, kind what text it
+// takes (kinds), min and max its bounds, live that a reload applies it. A doc is
+// what the JSON Schema shows in an editor.
+type Settings struct {
+	File string `yaml:"-"` // the settings file that was read, or ""
+
+	Node   string `yaml:"node" kind:"node" doc:"Name of this process in events. Empty: the host name."`
+	Proxy  Proxy  `yaml:"proxy" doc:"The explicit forward proxy."`
+	DNS    DNS    `yaml:"dns" doc:"The resolver, which proxy and clients share."`
+	Admin  Admin  `yaml:"admin" doc:"Health, readiness and metrics."`
+	Policy Policy `yaml:"policy" doc:"Where the policy comes from."`
+	Log    Log    `yaml:"log" doc:"Events and messages."`
+}
+
+// Proxy holds the settings of the forward proxy.
+type Proxy struct {
+	Listen        []string      `yaml:"listen" kind:"listen" doc:"Addresses to listen on, host:port. No host: every address of this machine. []: no proxy. Port 0: any free port."`
+	HelpURL       string        `yaml:"help_url" kind:"url" doc:"Shown to a refused client: where to ask for access (https:, http: or mailto:). Empty: nothing is shown."`
+	ProxyProtocol ProxyProtocol `yaml:"proxy_protocol" doc:"PROXY protocol from load balancers in front of the proxy."`
+	Timeouts      Timeouts      `yaml:"timeouts" doc:"How long the proxy waits."`
+	Limits        Limits        `yaml:"limits" doc:"How much the proxy takes on."`
+}
+
+// ProxyProtocol says which peers may send a PROXY protocol header.
+type ProxyProtocol struct {
+	Trusted []netip.Prefix `yaml:"trusted" kind:"prefix" doc:"Peers that send a PROXY protocol header. Not in this version: must be []."`
+}
+
+// Timeouts bound each stage of a connection.
+type Timeouts struct {
+	Connect       time.Duration `yaml:"connect" kind:"duration" min:"1ms" max:"1h" doc:"To resolve a name and connect to it. Longer: a 504."`
+	ClientHello   time.Duration `yaml:"client_hello" kind:"duration" min:"1ms" max:"1h" doc:"From the 200 of a CONNECT to the whole TLS ClientHello."`
+	RequestHeader time.Duration `yaml:"request_header" kind:"duration" min:"1ms" max:"1h" doc:"To receive the header of a request."`
+	Idle          time.Duration `yaml:"idle" kind:"duration" min:"1ms" max:"365d" doc:"A tunnel with no byte in either direction for so long is closed."`
+	Drain         time.Duration `yaml:"drain" kind:"duration" min:"0s" max:"24h" doc:"On SIGTERM: how long live tunnels may go on before they are cut."`
+}
+
+// Limits bound what clients can make the proxy hold.
+type Limits struct {
+	Tunnels          int `yaml:"tunnels" kind:"count" max:"10000000" doc:"Tunnels at a time; more are answered 503. 0: no limit."`
+	TunnelsPerSource int `yaml:"tunnels_per_source" kind:"count" max:"10000000" doc:"Tunnels at a time from one client address; more are answered 429. 0: no limit."`
+	ClientHelloBytes int `yaml:"client_hello_bytes" kind:"size" min:"1KiB" max:"1MiB" doc:"Longest TLS ClientHello, in bytes; a longer one is refused as hello_too_large."`
+	HeaderBytes      int `yaml:"header_bytes" kind:"size" min:"1KiB" max:"1MiB" doc:"Longest request header, in bytes; a longer one is answered 431."`
+}
+
+// DNS holds the settings of the resolver.
+type DNS struct {
+	Listen       []string `yaml:"listen" kind:"listen" doc:"Addresses to listen on, host:port, UDP and TCP. []: no resolver for clients; the proxy still resolves by these settings."`
+	Upstreams    []string `yaml:"upstreams" kind:"upstream" doc:"Resolvers to forward to: an address or udp://address:port (then TCP if truncated), tcp://address:port, tls://host#name or https://host/path#name, where #name is the name in the certificate of a host given as an address. []: those of this machine (/etc/resolv.conf)."`
+	Zones        []Zone   `yaml:"zones" doc:"Conditional forwarding: names below a zone go to the zone's own upstreams."`
+	Records      []Record `yaml:"records" doc:"Records answered here, before any upstream is asked."`
+	HostsFile    string   `yaml:"hosts_file" kind:"path" doc:"A hosts file, answered before any upstream, for proxy and resolver alike. Empty: none."`
+	Deny         string   `yaml:"deny" kind:"enum" enum:"refused nxdomain nodata sinkhole" doc:"What a refused query is answered with."`
+	HTTPSRecords string   `yaml:"https_records" kind:"enum" enum:"pass strip_ech nodata" doc:"HTTPS and SVCB answers: as they are, without ech (so that clients send a readable SNI), or none."`
+	CNAMEs       string   `yaml:"cnames" kind:"enum" enum:"trust inspect" doc:"The names that an allowed name is an alias of: answered whole, or each decided too."`
+	EDNSSize     int      `yaml:"edns_size" kind:"size" min:"512" max:"4096" doc:"Largest UDP message offered and sent, in bytes (RFC 6891). Above 1232 answers may be fragmented."`
+	Cache        Cache    `yaml:"cache" doc:"Answers kept."`
+}
+
+// A Zone forwards the names below it to upstreams of its own.
+type Zone struct {
+	Zone      string   `yaml:"zone" kind:"name" required:"true" doc:"The zone: this name and every name below it."`
+	Upstreams []string `yaml:"upstreams" kind:"upstream" required:"true" doc:"The zone's resolvers, written as dns.upstreams."`
+}
+
+// A Record is answered by the resolver itself.
+type Record struct {
+	Name  string        `yaml:"name" kind:"name" required:"true" doc:"Owner name."`
+	Type  string        `yaml:"type" kind:"enum" enum:"A AAAA CNAME TXT PTR SRV" required:"true" doc:"Type of the record."`
+	Value string        `yaml:"value" kind:"text" required:"true" doc:"An address, a name, a text or, for SRV, priority weight port target."`
+	TTL   time.Duration `yaml:"ttl" kind:"duration" default:"60s" max:"365d" doc:"How long clients may keep it. Left out: 60s."`
+}
+
+// Cache bounds the resolver's cache.
+type Cache struct {
+	Size       int64         `yaml:"size" kind:"size" max:"64GiB" doc:"Memory for answers, in bytes. 0: no cache."`
+	MinTTL     time.Duration `yaml:"min_ttl" kind:"duration" max:"24h" doc:"Answers with a shorter TTL are kept this long."`
+	MaxTTL     time.Duration `yaml:"max_ttl" kind:"duration" min:"1s" max:"7d" doc:"Answers with a longer TTL are kept this long."`
+	ServeStale time.Duration `yaml:"serve_stale" kind:"duration" max:"7d" doc:"While no upstream answers, expired answers are used for so long (RFC 8767). 0s: never."`
+}
+
+// Admin holds the settings of the admin server.
+type Admin struct {
+	Listen string `yaml:"listen" kind:"admin" doc:"Address to listen on, host:port. It has no passwords: keep it on loopback or a management network. Empty: none."`
+}
+
+// Policy says where the policy document comes from.
+type Policy struct {
+	Source string `yaml:"source" kind:"source" doc:"The policy file, relative to this file. The word embedded: the starter policy inside the program."`
+}
+
+// Log says what is written where.
+type Log struct {
+	Format string `yaml:"format" kind:"enum" enum:"json squid aviatrix" doc:"json: every event, one object a line. squid: Squid's native access.log. aviatrix: Aviatrix FQDN log. The last two have no lines for DNS queries, and messages go to stderr."`
+	Output string `yaml:"output" kind:"output" doc:"stdout, stderr or a file, which SIGUSR1 reopens; relative to this file."`
+	Level  string `yaml:"level" kind:"enum" enum:"debug info warn error" live:"true" doc:"Least important message to write. Events are always written."`
+}

@@ -1,0 +1,405 @@
+// Package eventlog writes one line for each event, and the messages of the program
+// between them, to standard output, standard error or a file.
+//
+// Logging never holds up traffic. Whoever logs copies a finished line into a queue
+// with a bound and goes on; one goroutine writes the queue out, as much at a time
+// as has come together. What does not fit, and what cannot be written because a
+// disk is full or a reader is gone, is dropped and counted.
+package eventlog
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"sallyport/policy/event"
+)
+
+// Bounds of the queue of each output. A batch that is being written counts extra,
+// so that an output which is blocked holds twice as much.
+const (
+	maxQueueBytes = 4 << 20
+	maxQueueLines = 1 << 15
+	keepBytes     = 256 << 10 // a buffer that grew larger is given back when it is empty
+)
+
+const (
+	flushTimeout  = 2 * time.Second        // what a blocked output gets at the end
+	cancelTimeout = 100 * time.Millisecond // and then, to notice that it is cut off
+)
+
+// Format is how events look.
+type Format string
+
+// The formats.
+const (
+	JSON     Format = "json"     // every event and message, one JSON object a line
+	Squid    Format = "squid"    // Squid's native access.log; no lines for DNS queries
+	Aviatrix Format = "aviatrix" // Aviatrix FQDN log; no lines for DNS queries
+)
+
+// Options say what a Writer writes where.
+type Options struct {
+	Format Format // "" is JSON
+	Output string // stdout, stderr or the path of a file, which is appended to; "" is stdout
+	Level  string // least important message: debug, info, warn or error; "" is info
+	Node   string // name of this process in every line
+
+	Stdout, Stderr *os.File // nil: the process's own
+}
+
+// A Writer writes events and messages. It is an [event.Observer]. In the JSON
+// format both go to the same output; the other formats have no place for messages
+// and for config events, which then go to standard error, as JSON.
+type Writer struct {
+	format   Format
+	node     string
+	level    atomic.Int32
+	dropped  atomic.Uint64
+	events   *sink
+	messages *sink // the same as events in the JSON format
+	lines    zerolog.Logger
+	config   zerolog.Logger
+	logger   zerolog.Logger
+}
+
+var _ event.Observer = (*Writer)(nil)
+
+// Open opens the output. Nothing is written before Run runs.
+func Open(o Options) (*Writer, error) {
+	if o.Stdout == nil {
+		o.Stdout = os.Stdout
+	}
+	if o.Stderr == nil {
+		o.Stderr = os.Stderr
+	}
+	w := &Writer{format: o.Format, node: o.Node}
+	if w.format == "" {
+		w.format = JSON
+	}
+	if w.format != JSON && w.format != Squid && w.format != Aviatrix {
+		return nil, fmt.Errorf("log format %q is none of json, squid, aviatrix", o.Format)
+	}
+	if err := w.SetLevel(o.Level); err != nil {
+		return nil, err
+	}
+	w.events = &sink{dropped: &w.dropped, stderr: o.Stderr, wake: make(chan struct{}, 1)}
+	switch o.Output {
+	case "", "stdout":
+		w.events.name, w.events.file = "stdout", o.Stdout
+	case "stderr":
+		w.events.name, w.events.file = "stderr", o.Stderr
+	default:
+		f, err := openFile(o.Output)
+		if err != nil {
+			return nil, fmt.Errorf("log output: %w", err)
+		}
+		w.events.name, w.events.path, w.events.file = o.Output, o.Output, f
+	}
+	w.messages = w.events
+	if w.format != JSON {
+		w.messages = &sink{dropped: &w.dropped, stderr: o.Stderr, wake: make(chan struct{}, 1), name: "stderr", file: o.Stderr}
+	}
+	w.lines, w.config = zerolog.New(w.events), zerolog.New(w.messages)
+	w.logger = zerolog.New(messageWriter{w}).Hook(stamp{w.node})
+	w.events.lost, w.messages.lost = w.reportLost, w.reportLost
+	return w, nil
+}
+
+// openFile opens path for appending. It does not wait for the reader of a named pipe.
+func openFile(path string) (*os.File, error) {
+	return os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE|syscall.O_NONBLOCK, 0o640)
+}
+
+// SetLevel changes which messages are written from now on; "" is info.
+func (w *Writer) SetLevel(level string) error {
+	if level == "" {
+		level = "info"
+	}
+	l, err := zerolog.ParseLevel(level)
+	if err != nil {
+		return fmt.Errorf("log level %q: %w", level, err)
+	}
+	w.level.Store(int32(l))
+	return nil
+}
+
+// Dropped returns how many lines were lost so far.
+func (w *Writer) Dropped() uint64 { return w.dropped.Load() }
+
+// Reopen opens the path of the output again, as after a rotation. On an error the
+// file that is open stays in use. For stdout and stderr it does nothing.
+func (w *Writer) Reopen() error {
+	if w.events.path == "" {
+		return nil
+	}
+	f, err := openFile(w.events.path)
+	if err != nil {
+		return fmt.Errorf("reopen log output: %w", err)
+	}
+	w.events.replace(f)
+	return nil
+}
+
+// Run writes until ctx is done, and then what is still queued: an output that
+// takes nothing more gets two seconds. The error says how many lines that lost.
+// Cancel ctx when nobody logs any more. Run may be called once.
+//
+// While it runs, a reader that has gone away costs lines but does not end the
+// process by SIGPIPE.
+func (w *Writer) Run(ctx context.Context) error {
+	pipe := make(chan os.Signal, 1)
+	signal.Notify(pipe, syscall.SIGPIPE)
+	defer signal.Stop(pipe)
+
+	sinks := []*sink{w.events}
+	if w.messages != w.events {
+		sinks = append(sinks, w.messages)
+	}
+	var running sync.WaitGroup
+	for _, s := range sinks {
+		running.Go(func() { s.run(ctx) })
+	}
+	done := make(chan struct{})
+	go closeAfter(&running, done)
+
+	<-ctx.Done()
+	before := w.Dropped()
+	if waitFor(done, flushTimeout) {
+		return nil
+	}
+	for _, s := range sinks {
+		s.cutOff()
+	}
+	// A write to an inherited descriptor may be stuck in the kernel, where nothing
+	// reaches it; the process is about to end, which does.
+	if !waitFor(done, cancelTimeout) {
+		return errors.New("flush log: the output is blocked")
+	}
+	return fmt.Errorf("flush log: the output is blocked; %d lines lost", w.Dropped()-before)
+}
+
+// closeAfter closes done when all that are running have ended.
+func closeAfter(running *sync.WaitGroup, done chan<- struct{}) {
+	running.Wait()
+	close(done)
+}
+
+func waitFor(done <-chan struct{}, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-done:
+		return true
+	case <-t.C:
+		return false
+	}
+}
+
+// reportLost logs that n lines are missing before this place in the log.
+func (w *Writer) reportLost(n uint64) {
+	w.logger.Warn().Uint64("dropped", n).Msg("log lines were lost")
+}
+
+// A sink is one output with its queue.
+type sink struct {
+	name    string // for people
+	path    string // to reopen, or ""
+	stderr  *os.File
+	dropped *atomic.Uint64 // shared by all sinks of a Writer
+	lost    func(n uint64) // is told of lines lost once writing works again
+	wake    chan struct{}  // something to do
+
+	mu      sync.Mutex // guards what follows
+	pending []byte     // whole lines
+	lines   int        // in pending
+	file    *os.File   // replaced by replace, used by run
+	next    *os.File   // to be used from the next batch on
+	missing uint64     // lines dropped and not reported yet
+	closed  bool       // run has ended: nothing is written any more
+
+	// Only run uses these.
+	torn    []byte // rest of a line that was written in part, to be completed first
+	failing bool   // the last write failed, and that was said
+}
+
+var _ io.Writer = (*sink)(nil)
+
+// Write queues a copy of p, which is one line. It never blocks and never fails.
+func (s *sink) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	ok := !s.closed && s.lines < maxQueueLines && len(s.pending)+len(p) <= maxQueueBytes
+	if ok {
+		s.pending = append(s.pending, p...)
+		s.lines++
+	} else {
+		s.missing++
+	}
+	s.mu.Unlock()
+	if ok {
+		s.signal()
+	} else {
+		s.dropped.Add(1)
+	}
+	return len(p), nil
+}
+
+func (s *sink) signal() {
+	select {
+	case s.wake <- struct{}{}:
+	default: // run has been woken already
+	}
+}
+
+// replace has f used from the next batch on.
+func (s *sink) replace(f *os.File) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		f.Close()
+		return
+	}
+	if s.next != nil {
+		s.next.Close()
+	}
+	s.next = f
+	s.signal()
+}
+
+// cutOff makes a write that is under way fail, where the descriptor allows it.
+func (s *sink) cutOff() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	_ = s.file.SetWriteDeadline(time.Now()) // no deadlines for this kind of file: Run gives up on it
+}
+
+// run writes batches until ctx is done and the queue is empty.
+func (s *sink) run(ctx context.Context) {
+	var spare []byte
+	for {
+		stopping := false
+		select {
+		case <-s.wake:
+		case <-ctx.Done():
+			stopping = true
+		}
+		for {
+			batch := s.take(spare)
+			if len(batch) == 0 {
+				spare = batch
+				break
+			}
+			s.write(batch)
+			if spare = batch[:0]; cap(spare) > keepBytes {
+				spare = nil
+			}
+		}
+		if stopping && s.close() {
+			return
+		}
+	}
+}
+
+// take returns what is queued and leaves spare in its place. It also moves on to
+// a file that was reopened.
+func (s *sink) take(spare []byte) []byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.next != nil {
+		s.file.Close()
+		s.forget()
+		s.file, s.next, s.failing = s.next, nil, false
+	}
+	batch := s.pending
+	s.pending, s.lines = spare[:0], 0
+	return batch
+}
+
+// close ends the queue if it is empty.
+func (s *sink) close() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.pending) > 0 && !s.closed {
+		return false
+	}
+	s.closed = true
+	s.forget()
+	if s.path != "" {
+		s.file.Close()
+	}
+	return true
+}
+
+// forget gives up the rest of a torn line. The caller holds mu.
+func (s *sink) forget() {
+	if len(s.torn) > 0 {
+		s.torn = nil
+		s.missing++
+		s.dropped.Add(1)
+	}
+}
+
+// write writes a batch of whole lines. If that fails in the middle of a line, the
+// rest of that line is kept for the next time, so that no line is ever cut short.
+func (s *sink) write(batch []byte) {
+	if len(s.torn) > 0 {
+		n, err := s.file.Write(s.torn)
+		if s.torn = s.torn[n:]; err != nil {
+			s.failed(err, bytes.Count(batch, newline))
+			return
+		}
+	}
+	n, err := s.file.Write(batch)
+	if err == nil {
+		s.succeeded()
+		return
+	}
+	rest := batch[n:]
+	if n > 0 && batch[n-1] != '\n' {
+		end := bytes.IndexByte(rest, '\n') + 1
+		s.torn = bytes.Clone(rest[:end])
+		rest = rest[end:]
+	}
+	s.failed(err, bytes.Count(rest, newline))
+}
+
+var newline = []byte{'\n'}
+
+// failed counts lines that could not be written, and says so once.
+func (s *sink) failed(err error, lines int) {
+	s.dropped.Add(uint64(lines))
+	s.mu.Lock()
+	s.missing += uint64(lines)
+	cut := s.closed
+	s.mu.Unlock()
+	if s.failing || cut {
+		return
+	}
+	s.failing = true
+	if s.file != s.stderr {
+		fmt.Fprintf(s.stderr, "sallyport: log output %s: %v; lines are dropped and counted until it works again\n", s.name, err)
+	}
+}
+
+// succeeded reports what went missing before.
+func (s *sink) succeeded() {
+	s.failing = false
+	s.mu.Lock()
+	n := s.missing
+	s.missing = 0
+	s.mu.Unlock()
+	if n > 0 {
+		s.lost(n)
+	}
+}

@@ -1,0 +1,278 @@
+// Package metrics counts events and serves the counts to Prometheus. It is the
+// only package that knows the Prometheus client.
+//
+// Every label has a closed set of values: verdicts, reasons, doors, the groups of
+// the policy in force, the DNS types and response codes listed here. Nothing that
+// a client chooses becomes a label.
+package metrics
+
+import (
+	"net/http"
+	"runtime"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"sallyport/policy"
+	"sallyport/policy/event"
+)
+
+// CacheStats say how the look-ups in the resolver's cache ended; each is one of the three.
+type CacheStats struct {
+	Hits, Misses uint64
+	Stale        uint64 // answered past the TTL because no upstream answered
+}
+
+// Options say where the numbers come from that events do not tell. A nil func
+// leaves its metric out.
+type Options struct {
+	Version, Revision string            // of the program
+	Tunnels           func() int        // tunnels open now
+	Cache             func() CacheStats // the resolver's cache, since the start
+	LogDropped        func() uint64     // log lines lost, since the start
+}
+
+// Metrics counts. It is an [event.Observer] that neither blocks nor allocates.
+type Metrics struct {
+	options  Options
+	registry *prometheus.Registry
+
+	current atomic.Pointer[table]
+	queries [verdicts][len(qtypes) + 1][len(rcodes) + 1]atomic.Uint64
+	up      atomic.Uint64
+	down    atomic.Uint64
+	connect prometheus.Histogram
+	reload  atomic.Pointer[reload]
+}
+
+var _ event.Observer = (*Metrics)(nil)
+
+// New returns Metrics that count from zero.
+func New(o Options) *Metrics {
+	m := &Metrics{
+		options:  o,
+		registry: prometheus.NewRegistry(),
+		connect: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "sallyport_connect_duration_seconds",
+			Help:    "Time to connect to a destination, after its name was resolved.",
+			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
+		}),
+	}
+	m.current.Store(newTable("", nil, nil))
+	m.registry.MustRegister(m.connect, collector{m}, collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return m
+}
+
+// Handler serves the metrics.
+func (m *Metrics) Handler() http.Handler {
+	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 10 * time.Second})
+}
+
+// SetPolicy says which policy is in force. The decisions counted for groups that
+// it does not have are forgotten; those of the others go on.
+func (m *Metrics) SetPolicy(revision string, groups []string) {
+	m.current.Store(newTable(revision, groups, m.current.Load()))
+}
+
+// reload is the outcome of the last attempt to load a policy.
+type reload struct {
+	ok bool
+	at time.Time
+}
+
+// SetReload says how the last attempt to load a policy ended.
+func (m *Metrics) SetReload(ok bool, at time.Time) { m.reload.Store(&reload{ok, at}) }
+
+// Observe implements event.Observer.
+func (m *Metrics) Observe(ev *event.Event) {
+	if ev.Kind == event.Config {
+		return
+	}
+	d := &ev.Decision
+	m.current.Load().count(ev.Listener, d)
+	if ev.Kind == event.DNS {
+		m.queries[verdict(d.Verdict)][indexOf(qtypes[:], ev.QType)][indexOf(rcodes[:], ev.RCode)].Add(1)
+		return
+	}
+	m.up.Add(uint64(max(ev.BytesUp, 0)))
+	m.down.Add(uint64(max(ev.BytesDown, 0)))
+	if ev.ConnTime > 0 {
+		m.connect.Observe(ev.ConnTime.Seconds())
+	}
+}
+
+// The closed sets. What is not in one of them counts as other.
+const other = "other"
+
+const verdicts = 3
+
+var (
+	listeners = [...]string{"proxy", "dns", "transparent"}
+	qtypes    = [...]string{"A", "AAAA", "HTTPS", "SVCB", "CNAME", "TXT", "SRV", "MX", "NS", "SOA", "PTR", "CAA",
+		"DS", "DNSKEY", "NAPTR", "TLSA", "SSHFP", "URI", "NULL", "ANY", "AXFR", "IXFR"}
+	rcodes = [...]string{"NOERROR", "FORMERR", "SERVFAIL", "NXDOMAIN", "NOTIMP", "REFUSED", "BADVERS"}
+)
+
+// verdict is v as an index.
+func verdict(v policy.Verdict) int { return min(int(v), verdicts-1) }
+
+// indexOf returns where s is in set, or its length.
+func indexOf(set []string, s string) int {
+	for i, v := range set {
+		if v == s {
+			return i
+		}
+	}
+	return len(set)
+}
+
+// label is the value that stands for index i of set.
+func label(set []string, i int) string {
+	if i < len(set) {
+		return set[i]
+	}
+	return other
+}
+
+// maxReasons has room for every reason and for none.
+const maxReasons = 32
+
+// reason is r as an index; what has no name counts as none.
+func reason(r policy.Reason) int {
+	if r.String() == "" || r >= maxReasons {
+		return 0
+	}
+	return int(r)
+}
+
+// counts are the decisions of one group, by listener, verdict and reason.
+type counts [len(listeners) + 1][verdicts][maxReasons]atomic.Uint64
+
+// A table has the counts of each group of one policy. It never changes; the counts do.
+type table struct {
+	revision string
+	groups   map[string]*counts // "" is no group, or one that is gone
+}
+
+// newTable returns a table for groups that goes on with the counts that old has of them.
+func newTable(revision string, groups []string, old *table) *table {
+	t := &table{revision, make(map[string]*counts, len(groups)+1)}
+	for _, g := range append([]string{""}, groups...) {
+		if old != nil {
+			t.groups[g] = old.groups[g]
+		}
+		if t.groups[g] == nil {
+			t.groups[g] = new(counts)
+		}
+	}
+	return t
+}
+
+func (t *table) count(listener string, d *policy.Decision) {
+	c := t.groups[d.Group]
+	if c == nil { // a tunnel that outlived its group
+		c = t.groups[""]
+	}
+	c[indexOf(listeners[:], listener)][verdict(d.Verdict)][reason(d.Reason)].Add(1)
+}
+
+var (
+	decisionsDesc = desc("decisions_total", "Connections, requests and queries decided, when they end.", "listener", "group", "verdict", "reason")
+	tunnelsDesc   = desc("tunnels", "Tunnels open now.")
+	bytesDesc     = desc("bytes_total", "Bytes relayed, counted when a connection ends; up is from client to destination.", "direction")
+	queriesDesc   = desc("dns_queries_total", "DNS queries answered.", "verdict", "qtype", "rcode")
+	cacheDesc     = desc("dns_cache_total", "Look-ups in the resolver's cache.", "result")
+	policyDesc    = desc("policy_info", "The policy in force, always 1.", "revision")
+	reloadDesc    = desc("policy_last_reload_success", "Whether the last attempt to load a policy succeeded.")
+	reloadAtDesc  = desc("policy_last_reload_timestamp_seconds", "When a policy was last loaded or refused, in Unix time.")
+	droppedDesc   = desc("log_dropped_total", "Log lines lost because the output was too slow or failed.")
+	buildDesc     = desc("build_info", "The program, always 1.", "version", "revision", "goversion")
+)
+
+func desc(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc("sallyport_"+name, help, labels, nil)
+}
+
+// A collector turns the counts into samples when they are asked for. Counts that
+// are zero are left out where there are many.
+type collector struct{ m *Metrics }
+
+// Describe implements prometheus.Collector.
+func (collector) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{decisionsDesc, tunnelsDesc, bytesDesc, queriesDesc, cacheDesc,
+		policyDesc, reloadDesc, reloadAtDesc, droppedDesc, buildDesc} {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (c collector) Collect(ch chan<- prometheus.Metric) {
+	m, o := c.m, c.m.options
+	counter := func(d *prometheus.Desc, n uint64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(n), labels...)
+	}
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	t := m.current.Load()
+	t.collect(counter)
+	m.collectQueries(counter)
+	counter(bytesDesc, m.up.Load(), "up")
+	counter(bytesDesc, m.down.Load(), "down")
+	if t.revision != "" {
+		gauge(policyDesc, 1, t.revision)
+	}
+	if r := m.reload.Load(); r != nil {
+		ok := 0.0
+		if r.ok {
+			ok = 1
+		}
+		gauge(reloadDesc, ok)
+		gauge(reloadAtDesc, float64(r.at.UnixNano())/1e9)
+	}
+	if o.Tunnels != nil {
+		gauge(tunnelsDesc, float64(o.Tunnels()))
+	}
+	if o.Cache != nil {
+		s := o.Cache()
+		counter(cacheDesc, s.Hits, "hit")
+		counter(cacheDesc, s.Misses, "miss")
+		counter(cacheDesc, s.Stale, "stale")
+	}
+	if o.LogDropped != nil {
+		counter(droppedDesc, o.LogDropped())
+	}
+	gauge(buildDesc, 1, o.Version, o.Revision, runtime.Version())
+}
+
+type emit func(d *prometheus.Desc, n uint64, labels ...string)
+
+func (t *table) collect(counter emit) {
+	for group, c := range t.groups {
+		for l := range c {
+			for v := range c[l] {
+				for r := range c[l][v] {
+					if n := c[l][v][r].Load(); n > 0 {
+						counter(decisionsDesc, n, label(listeners[:], l), group, policy.Verdict(v).String(), policy.Reason(r).String())
+					}
+				}
+			}
+		}
+	}
+}
+
+func (m *Metrics) collectQueries(counter emit) {
+	for v := range m.queries {
+		for q := range m.queries[v] {
+			for r := range m.queries[v][q] {
+				if n := m.queries[v][q][r].Load(); n > 0 {
+					counter(queriesDesc, n, policy.Verdict(v).String(), label(qtypes[:], q), label(rcodes[:], r))
+				}
+			}
+		}
+	}
+}

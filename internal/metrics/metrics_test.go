@@ -1,0 +1,204 @@
+package metrics
+
+import (
+	"fmt"
+	"io"
+	"maps"
+	"net/http/httptest"
+	"regexp"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"sallyport/policy"
+	"sallyport/policy/event"
+)
+
+// scrape returns the samples of ours but for the buckets, by their text.
+func scrape(t *testing.T, m *Metrics) map[string]string {
+	t.Helper()
+	rec := httptest.NewRecorder()
+	m.Handler().ServeHTTP(rec, httptest.NewRequest("GET", "/metrics", nil))
+	body, err := io.ReadAll(rec.Result().Body)
+	if err != nil || rec.Code != 200 {
+		t.Fatalf("status %d, %v\n%s", rec.Code, err, body)
+	}
+	samples := map[string]string{}
+	for line := range strings.Lines(string(body)) {
+		if i := strings.LastIndexByte(line, ' '); strings.HasPrefix(line, "sallyport_") && !strings.Contains(line, "_bucket{") {
+			samples[line[:i]] = strings.TrimSpace(line[i+1:])
+		}
+	}
+	return samples
+}
+
+func connect(group string, v policy.Verdict, r policy.Reason) *event.Event {
+	return &event.Event{
+		Kind: event.Connect, Listener: "proxy", Decision: policy.Decision{Verdict: v, Reason: r, Group: group},
+		BytesUp: 10, BytesDown: 200, ConnTime: 20 * time.Millisecond,
+	}
+}
+
+func query(qtype, rcode string) *event.Event {
+	return &event.Event{Kind: event.DNS, Listener: "dns", QType: qtype, RCode: rcode, Decision: policy.Decision{Reason: policy.ReasonNotListed, Group: "ci"}}
+}
+
+func TestScrape(t *testing.T) {
+	m := New(Options{
+		Version: "v1", Revision: "0123abc",
+		Tunnels: func() int { return 3 }, LogDropped: func() uint64 { return 4 },
+		Cache: func() CacheStats { return CacheStats{Hits: 5, Misses: 6, Stale: 7} },
+	})
+	m.SetPolicy("r1", []string{"ci"})
+	m.SetReload(true, time.Unix(1700000000, 5e8))
+	m.Observe(connect("ci", policy.Allow, policy.ReasonMatched))
+	m.Observe(connect("ci", policy.Allow, policy.ReasonMatched))
+	m.Observe(connect("ci", policy.Observe, policy.ReasonNotListed))
+	m.Observe(connect("", policy.Deny, policy.ReasonUnmatchedSource))
+	m.Observe(query("A", "REFUSED"))
+	m.Observe(query("TYPE65400", "RCODE4095"))
+	m.Observe(&event.Event{Kind: event.Config, Name: "policy"})
+	want := map[string]string{
+		`sallyport_decisions_total{group="ci",listener="proxy",reason="matched",verdict="allow"}`:       "2",
+		`sallyport_decisions_total{group="ci",listener="proxy",reason="not_listed",verdict="observe"}`:  "1",
+		`sallyport_decisions_total{group="ci",listener="dns",reason="not_listed",verdict="deny"}`:       "2",
+		`sallyport_decisions_total{group="",listener="proxy",reason="unmatched_source",verdict="deny"}`: "1",
+		`sallyport_tunnels`:                                                                                  "3",
+		`sallyport_bytes_total{direction="up"}`:                                                              "40",
+		`sallyport_bytes_total{direction="down"}`:                                                            "800",
+		`sallyport_connect_duration_seconds_sum`:                                                             "0.08",
+		`sallyport_connect_duration_seconds_count`:                                                           "4",
+		`sallyport_dns_queries_total{qtype="A",rcode="REFUSED",verdict="deny"}`:                              "1",
+		`sallyport_dns_queries_total{qtype="other",rcode="other",verdict="deny"}`:                            "1",
+		`sallyport_dns_cache_total{result="hit"}`:                                                            "5",
+		`sallyport_dns_cache_total{result="miss"}`:                                                           "6",
+		`sallyport_dns_cache_total{result="stale"}`:                                                          "7",
+		`sallyport_policy_info{revision="r1"}`:                                                               "1",
+		`sallyport_policy_last_reload_success`:                                                               "1",
+		`sallyport_policy_last_reload_timestamp_seconds`:                                                     "1.7000000005e+09",
+		`sallyport_log_dropped_total`:                                                                        "4",
+		fmt.Sprintf(`sallyport_build_info{goversion=%q,revision="0123abc",version="v1"}`, runtime.Version()): "1",
+	}
+	if got := scrape(t, m); !maps.Equal(got, want) {
+		for _, k := range slices.Sorted(maps.Keys(got)) {
+			t.Logf("got  %s %s", k, got[k])
+		}
+		for _, k := range slices.Sorted(maps.Keys(want)) {
+			if got[k] != want[k] {
+				t.Errorf("want %s %s", k, want[k])
+			}
+		}
+	}
+	m.SetReload(false, time.Unix(1700000001, 0))
+	if got := scrape(t, m)["sallyport_policy_last_reload_success"]; got != "0" {
+		t.Errorf("after a failed reload policy_last_reload_success = %s", got)
+	}
+}
+
+// A policy that is replaced takes the series of its vanished groups with it.
+func TestReplacedPolicy(t *testing.T) {
+	m := New(Options{})
+	m.SetPolicy("r1", []string{"kept", "gone"})
+	for range 3 {
+		m.Observe(connect("kept", policy.Allow, policy.ReasonMatched))
+		m.Observe(connect("gone", policy.Allow, policy.ReasonMatched))
+	}
+	m.SetPolicy("r2", []string{"kept", "new"})
+	m.Observe(connect("kept", policy.Allow, policy.ReasonMatched))
+	m.Observe(connect("gone", policy.Allow, policy.ReasonMatched)) // a tunnel that outlived its group
+	m.Observe(connect("new", policy.Allow, policy.ReasonMatched))
+	got := scrape(t, m)
+	maps.DeleteFunc(got, func(k, _ string) bool {
+		return !strings.HasPrefix(k, "sallyport_decisions") && !strings.HasPrefix(k, "sallyport_policy")
+	})
+	want := map[string]string{
+		`sallyport_decisions_total{group="kept",listener="proxy",reason="matched",verdict="allow"}`: "4",
+		`sallyport_decisions_total{group="new",listener="proxy",reason="matched",verdict="allow"}`:  "1",
+		`sallyport_decisions_total{group="",listener="proxy",reason="matched",verdict="allow"}`:     "1",
+		`sallyport_policy_info{revision="r2"}`:                                                      "1",
+	}
+	if !maps.Equal(got, want) {
+		t.Errorf("got %v\nwant %v", got, want)
+	}
+}
+
+// Whatever clients send, the number of series stays.
+func TestClosedLabels(t *testing.T) {
+	m := New(Options{})
+	m.SetPolicy("r1", []string{"ci"})
+	for i := range 1000 {
+		s := fmt.Sprintf("x%d", i)
+		ev := query(s, s)
+		ev.Listener, ev.Name, ev.Method, ev.User, ev.Decision.Group, ev.Decision.Rule = s, s, s, s, s, s
+		ev.Decision.Reason, ev.Decision.Verdict = policy.Reason(i), policy.Verdict(i%3)
+		m.Observe(ev)
+	}
+	odd := regexp.MustCompile(`"x\d`)
+	for k := range scrape(t, m) {
+		if odd.MatchString(k) {
+			t.Errorf("a client chose the label of %s", k)
+		}
+	}
+}
+
+// Each reason has a counter of its own.
+func TestEveryReason(t *testing.T) {
+	m := New(Options{})
+	for _, r := range policy.Reasons() {
+		if r >= maxReasons {
+			t.Fatalf("maxReasons has no room for %s", r)
+		}
+		m.Observe(connect("", policy.Deny, r))
+	}
+	got := scrape(t, m)
+	for _, r := range policy.Reasons() {
+		k := fmt.Sprintf(`sallyport_decisions_total{group="",listener="proxy",reason=%q,verdict="deny"}`, r)
+		if got[k] != "1" {
+			t.Errorf("%s = %q, want 1", k, got[k])
+		}
+	}
+}
+
+func TestConcurrently(t *testing.T) {
+	m := New(Options{})
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for i := range 500 {
+				m.Observe(connect("ci", policy.Allow, policy.ReasonMatched))
+				m.Observe(query("A", "NOERROR"))
+				if i%100 == 0 {
+					m.SetPolicy(fmt.Sprint(i), []string{"ci"})
+					m.SetReload(true, time.Now())
+					scrape(t, m)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if got := scrape(t, m)[`sallyport_dns_queries_total{qtype="A",rcode="NOERROR",verdict="deny"}`]; got != "2000" {
+		t.Errorf("%s queries counted, want 2000", got)
+	}
+}
+
+func TestAllocations(t *testing.T) {
+	m := New(Options{})
+	m.SetPolicy("r1", []string{"ci"})
+	tunnel, dns := connect("ci", policy.Allow, policy.ReasonMatched), query("AAAA", "NXDOMAIN")
+	if n := testing.AllocsPerRun(100, func() { m.Observe(tunnel); m.Observe(dns) }); n != 0 {
+		t.Errorf("%v allocations for two events, want 0", n)
+	}
+}
+
+func BenchmarkObserve(b *testing.B) {
+	m := New(Options{})
+	m.SetPolicy("r1", []string{"ci"})
+	ev := connect("ci", policy.Allow, policy.ReasonMatched)
+	b.ReportAllocs()
+	for b.Loop() {
+		m.Observe(ev)
+	}
+}

@@ -1,0 +1,261 @@
+// Package file loads a policy from a file, with the list files that it names, and
+// tells when any of them has changed.
+//
+// What counts is content: a [Provider] remembers a hash of what it loaded last, so
+// that neither a touched file nor an event that was for another file is a change.
+// It watches folders rather than files, and those of every symbolic link on the
+// way, so it follows editors that rename, Kubernetes volumes that swap a link, and
+// folders that are removed and made again. Where the system reports nothing
+// (network file systems, no watches left) it looks every few seconds.
+package file
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"hash"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"sallyport/policy"
+)
+
+const (
+	// maxList bounds a list file, in bytes. The policy itself is bounded by
+	// [policy.MaxDocument].
+	maxList = 1 << 30
+	// settled is how old the last change of a file must be for its size and time to
+	// stand for its content: file systems give changes in quick succession one time.
+	settled = 2 * time.Second
+	// maxChecks bounds how often a check begins again because a Load came between.
+	maxChecks = 3
+)
+
+// A Provider loads the policy from one file. Its methods may be called from
+// several goroutines.
+type Provider struct {
+	// OnError, if set before Watch, is told why changes are noticed only every few
+	// seconds for a while. Watch calls it from its goroutine.
+	OnError func(error)
+
+	path   string
+	loaded chan struct{} // a Load has ended
+	system system
+
+	mu    sync.Mutex // guards the rest
+	loads int
+	files map[string]state // what was read last, by path
+}
+
+// New returns a Provider for the policy file at path. It touches no file.
+func New(path string) *Provider {
+	return &Provider{
+		path:   path,
+		loaded: make(chan struct{}, 1),
+		system: defaultSystem,
+		files:  map[string]state{path: {}},
+	}
+}
+
+// Load reads and compiles the policy. Names of list files are relative to the
+// folder of the policy file. Only regular files are read; anything else is refused
+// at once. An error for mistakes in the policy is a [policy.Errors].
+func (p *Provider) Load() (*policy.Policy, []*policy.Error, error) {
+	read := reading{files: map[string]state{}}
+	compiled, warnings, err := p.load(&read)
+	p.mu.Lock()
+	p.files = read.files
+	p.loads++
+	p.mu.Unlock()
+	select {
+	case p.loaded <- struct{}{}:
+	default: // Watch has not noticed the last one yet
+	}
+	return compiled, warnings, err
+}
+
+func (p *Provider) load(read *reading) (*policy.Policy, []*policy.Error, error) {
+	f, err := read.open(p.path, policy.MaxDocument)
+	if err != nil {
+		return nil, nil, fmt.Errorf("policy: %w", err)
+	}
+	data, err := io.ReadAll(f)
+	f.Close()
+	if err != nil {
+		return nil, nil, fmt.Errorf("policy: %w", err)
+	}
+	return policy.Load(p.path, data, policy.Options{
+		Now: time.Now(),
+		Open: func(name string) (io.ReadCloser, error) {
+			if !filepath.IsAbs(name) {
+				name = filepath.Join(filepath.Dir(p.path), name)
+			}
+			return read.open(name, maxList)
+		},
+	})
+}
+
+// changed reports whether any file differs from what was read of it last, by Load
+// or by changed itself.
+func (p *Provider) changed() bool {
+	for range maxChecks {
+		p.mu.Lock()
+		files, loads := maps.Clone(p.files), p.loads
+		p.mu.Unlock()
+		differs := false
+		for path, before := range files {
+			now := p.inspect(path, before)
+			differs = differs || now.sum != before.sum || now.problem != before.problem
+			files[path] = now
+		}
+		p.mu.Lock()
+		if p.loads == loads {
+			p.files = files
+			p.mu.Unlock()
+			return differs
+		}
+		p.mu.Unlock()
+	}
+	return true
+}
+
+// A state is what is known of a file.
+type state struct {
+	info    fs.FileInfo // nil if it cannot be read
+	seen    time.Time   // when info was taken
+	sum     [sha256.Size]byte
+	problem string // why it cannot be read
+}
+
+// inspect returns the present state of path, and reads the file only if it may
+// differ from before.
+func (p *Provider) inspect(path string, before state) state {
+	limit := int64(maxList)
+	if path == p.path {
+		limit = policy.MaxDocument
+	}
+	read := reading{files: map[string]state{}}
+	f, err := read.open(path, limit)
+	if err != nil {
+		return read.files[path]
+	}
+	if b := before.info; b != nil && os.SameFile(b, f.state.info) && b.Size() == f.state.info.Size() &&
+		b.ModTime().Equal(f.state.info.ModTime()) && before.seen.Sub(b.ModTime()) > settled {
+		f.file.Close()
+		return before
+	}
+	f.Close()
+	return read.files[path]
+}
+
+// A reading notes the state of every file that is read.
+type reading struct{ files map[string]state }
+
+// open opens the regular file at path for reading up to limit bytes.
+func (r *reading) open(path string, limit int64) (*tracked, error) {
+	f, info, err := openRegular(path)
+	if err == nil && info.Size() > limit {
+		f.Close()
+		err = errTooLarge(path, limit)
+	}
+	if err != nil {
+		r.files[path] = state{problem: err.Error()}
+		return nil, err
+	}
+	return &tracked{file: f, limit: limit, sum: sha256.New(), state: state{info: info, seen: time.Now()},
+		done: func(s state) { r.files[path] = s }}, nil
+}
+
+func errTooLarge(path string, limit int64) error {
+	return fmt.Errorf("read %s: larger than %d MiB", path, limit>>20)
+}
+
+// openRegular opens path, unless opening or reading it could block or do
+// something: only regular files are opened.
+func openRegular(path string) (*os.File, fs.FileInfo, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := checkRegular(path, info); err != nil {
+		return nil, nil, err
+	}
+	// It may have been replaced since: O_NONBLOCK keeps a FIFO from blocking here.
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	if info, err = f.Stat(); err == nil {
+		err = checkRegular(path, info)
+	}
+	if err != nil {
+		f.Close()
+		return nil, nil, err
+	}
+	return f, info, nil
+}
+
+func checkRegular(path string, info fs.FileInfo) error {
+	var kind string
+	switch mode := info.Mode(); {
+	case mode.IsRegular():
+		return nil
+	case mode.IsDir():
+		kind = "a folder"
+	case mode&fs.ModeNamedPipe != 0:
+		kind = "a named pipe"
+	case mode&fs.ModeSocket != 0:
+		kind = "a socket"
+	default:
+		kind = "a device"
+	}
+	return fmt.Errorf("open %s: it is %s; name a regular file", path, kind)
+}
+
+// tracked is an open file whose content is hashed as it is read.
+type tracked struct {
+	file  *os.File
+	read  int64
+	limit int64
+	sum   hash.Hash
+	state state
+	done  func(state)
+}
+
+// Read reads on; a file that has grown over its limit meanwhile is an error.
+func (t *tracked) Read(b []byte) (int, error) {
+	n, err := t.file.Read(b)
+	t.sum.Write(b[:n])
+	if t.read += int64(n); t.read > t.limit {
+		return 0, errTooLarge(t.file.Name(), t.limit)
+	}
+	return n, err
+}
+
+// Close reads what is left, for the hash, and notes the state of the file.
+func (t *tracked) Close() error {
+	if _, err := io.Copy(io.Discard, t); err != nil {
+		t.state.problem = err.Error()
+	}
+	t.sum.Sum(t.state.sum[:0])
+	t.done(t.state)
+	return t.file.Close()
+}
+
+// checkFolder reports why the folder of path cannot be watched.
+func checkFolder(path string) error {
+	dir := filepath.Dir(path)
+	info, err := os.Stat(dir)
+	if err == nil && !info.IsDir() {
+		err = &fs.PathError{Op: "open", Path: dir, Err: syscall.ENOTDIR}
+	}
+	if err != nil {
+		return fmt.Errorf("watch %s: %w", path, err)
+	}
+	return nil
+}

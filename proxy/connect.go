@@ -1,0 +1,342 @@
+package proxy
+
+import (
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"time"
+
+	"sallyport/policy"
+	"sallyport/policy/event"
+	"sallyport/proxy/clienthello"
+)
+
+const (
+	established = "HTTP/1.1 200 Connection established\r\n\r\n"
+
+	// maxSilence is how long a client that would be let through anyway is waited
+	// for: its server may be the one to speak first.
+	maxSilence = time.Second
+
+	// maxMethod bounds the method by which HTTP inside a CONNECT is recognised.
+	maxMethod = 20
+
+	maxALPN = 8 // protocols that an event keeps
+)
+
+// A connect is one CONNECT until its tunnel runs or it is refused. Nothing keeps
+// it afterwards.
+type connect struct {
+	s      *Server
+	client net.Conn
+	early  []byte // what the client sent after the head; its spare capacity is for reading
+	json   bool   // the client prefers JSON
+
+	ev         event.Event
+	request    policy.Request
+	decision   policy.Decision
+	generation uint64 // of the policy that decision is from, or an older one
+	reserved   bool   // a place among the tunnels is taken
+	answered   bool   // the 200 was sent
+}
+
+// serveConnect serves the CONNECT with head h, which arrived at start. It returns
+// once the connection is closed or belongs to a tunnel. early is what the client
+// sent after the head; its spare capacity is used for reading.
+func (s *Server) serveConnect(client net.Conn, source netip.AddrPort, start time.Time, h *head, early []byte) {
+	c := &connect{s: s, client: client, json: h.json, early: early}
+	defer c.release()
+	c.ev = s.newEvent(event.Connect, source, start)
+	c.ev.Method = http.MethodConnect
+	c.ev.UserAgent = clip(string(h.userAgent))
+	c.request = policy.Request{Source: source.Addr(), Time: start}
+
+	upstream, r := c.open(string(h.target), string(h.host))
+	if r != nil {
+		c.refuse(r)
+		return
+	}
+	if _, err := io.WriteString(client, established); err != nil {
+		upstream.Close()
+		c.gone(err)
+		return
+	}
+	c.answered = true
+	c.ev.Status = http.StatusOK
+	c.serve(upstream)
+}
+
+// open does everything up to the 200: it decides, and connects to the far side.
+func (c *connect) open(target, host string) (net.Conn, *refusal) {
+	name, addr, port, err := policy.ParseAuthority(target)
+	if err != nil {
+		c.ev.Name = clip(target)
+		return nil, badRequest(c.decision, err)
+	}
+	c.request.Name, c.request.Address, c.request.Port = name, addr.Unmap(), port
+	c.ev.Name, c.ev.Port = destination(name, c.request.Address), port
+	if err := hostMismatch(host, target); err != nil {
+		c.ev.Error = err.Error()
+	}
+	if c.decide(); !c.decision.Passes() {
+		return nil, denied(c.decision)
+	}
+	if c.s.draining.Load() {
+		return nil, limited(c.decision, http.StatusServiceUnavailable, errDraining)
+	}
+	if r := c.s.tunnels.reserve(c.request.Source, c.decision); r != nil {
+		return nil, r
+	}
+	c.reserved = true
+	conn, t, r := c.s.reach(c.s.life, c.request, c.decision)
+	c.ev.DNSTime, c.ev.ConnTime = t.dnsTime, t.connTime
+	if r != nil {
+		return nil, r
+	}
+	c.request, c.decision = t.request, t.decision
+	c.ev.Destination = remoteAddr(conn)
+	return conn, nil
+}
+
+// decide asks the policy about the request as far as it is known.
+func (c *connect) decide() {
+	c.generation = c.s.generation.Load()
+	c.decision = c.s.cfg.Decider.Decide(c.request)
+}
+
+// serve does everything after the 200. It takes over upstream.
+func (c *connect) serve(upstream net.Conn) {
+	if c.decision.Verdict == policy.Allow && c.decision.Inspect&policy.InspectNone != 0 {
+		c.request.Protocol = policy.ProtocolTCP
+		c.tunnel(upstream, c.early)
+		return
+	}
+	first, r := c.inspect()
+	switch {
+	case r != nil:
+		upstream.Close()
+		c.refuse(r)
+	case first.left:
+		upstream.Close()
+		c.gone(errLeft)
+	case c.request.Protocol == policy.ProtocolHTTP:
+		c.startSession(upstream, first.bytes)
+	default:
+		c.tunnel(upstream, first.bytes)
+	}
+}
+
+// tunnel sends upstream what the client has sent so far, and starts the relay.
+func (c *connect) tunnel(upstream net.Conn, first []byte) {
+	if len(first) > 0 {
+		upstream.SetWriteDeadline(time.Now().Add(c.s.cfg.Timeouts.Connect))
+		if _, err := upstream.Write(first); err != nil {
+			upstream.Close()
+			c.refuse(&refusal{decision: c.decision.Refuse(policy.ReasonConnectFailed), err: err})
+			return
+		}
+		upstream.SetWriteDeadline(time.Time{})
+	}
+	c.client.SetReadDeadline(time.Time{})
+	t := c.newTunnel()
+	t.upstream = upstream
+	t.up.Store(int64(len(first)))
+	t.start(c.generation)
+}
+
+// newTunnel makes the tunnel, which takes over event and place.
+func (c *connect) newTunnel() *tunnel {
+	c.ev.Decision = c.decision
+	c.reserved = false
+	return &tunnel{s: c.s, client: c.client, request: c.request, ev: c.ev, placed: true}
+}
+
+// firstBytes is what a client said first.
+type firstBytes struct {
+	bytes []byte
+	left  bool // it closed without having said anything
+}
+
+var errLeft = errors.New("the client closed before it said anything")
+
+// inspect reads what the client says first, as far as it must be known, and
+// decides about it. Deadline and size are bounded in all; see timeouts.client_hello.
+func (c *connect) inspect() (firstBytes, *refusal) {
+	start := time.Now()
+	whole := start.Add(c.s.cfg.Timeouts.ClientHello)
+	begin := whole
+	if c.decision.Verdict == policy.Observe {
+		begin = start.Add(min(maxSilence, c.s.cfg.Timeouts.ClientHello))
+	}
+	c.client.SetReadDeadline(begin)
+	limit := c.s.cfg.Limits.ClientHelloBytes
+	hello, raw, err := clienthello.Read(c.client, c.early, limit)
+	if begin != whole {
+		c.client.SetReadDeadline(whole)
+		if len(raw) > 0 && isTimeout(err) {
+			hello, raw, err = clienthello.Read(c.client, raw, limit)
+		}
+	}
+	first := firstBytes{bytes: raw}
+	switch {
+	case err == nil:
+		return first, c.sawTLS(&hello)
+	case errors.Is(err, clienthello.ErrNotTLS):
+		return c.sawPlain(raw)
+	case errors.Is(err, clienthello.ErrTooLarge):
+		return first, c.helloRefused(policy.ReasonHelloTooLarge, err)
+	case errors.Is(err, clienthello.ErrMalformed):
+		return first, c.helloRefused(policy.ReasonHelloMalformed, err)
+	case len(raw) == 0:
+		return c.sawNothing(err)
+	case isTimeout(err):
+		return first, c.helloRefused(policy.ReasonHelloTimeout, err)
+	}
+	return first, c.helloRefused(policy.ReasonHelloMalformed, err) // gone in the middle of it
+}
+
+// helloRefused is the refusal of a ClientHello that could not be read. It holds
+// in every mode.
+func (c *connect) helloRefused(reason policy.Reason, err error) *refusal {
+	c.request.Protocol = policy.ProtocolTLS
+	return &refusal{decision: c.decision.Refuse(reason), err: err}
+}
+
+// sawTLS decides on a ClientHello and takes its facts into the event.
+func (c *connect) sawTLS(hello *clienthello.Hello) *refusal {
+	alpn := hello.ALPN()
+	c.ev.SNI, c.ev.ALPN, c.ev.ECH = hello.ServerName, alpn[:min(len(alpn), maxALPN)], hello.ECH
+	c.ev.TLSVersion, c.ev.JA4 = hello.MaxVersion, hello.JA4()
+	c.request.TLS = policy.TLS{Seen: true, MaxVersion: hello.MaxVersion, ECH: hello.ECH}
+	if hello.ServerName != "" {
+		sni, err := policy.ParseName(hello.ServerName)
+		if err != nil {
+			return c.helloRefused(policy.ReasonHelloMalformed, err)
+		}
+		c.request.TLS.SNI = sni
+	}
+	return c.saw(policy.ProtocolTLS)
+}
+
+// saw decides on the protocol that the client turned out to speak.
+func (c *connect) saw(p policy.Protocol) *refusal {
+	c.request.Protocol = p
+	if c.decide(); !c.decision.Passes() {
+		return denied(c.decision)
+	}
+	return nil
+}
+
+// sawPlain decides on a beginning that is not TLS: HTTP, where it may be, or
+// something that nothing is known about.
+func (c *connect) sawPlain(raw []byte) (firstBytes, *refusal) {
+	if c.decision.Inspect&policy.InspectHTTP != 0 {
+		var is bool
+		if raw, is = c.awaitMethod(raw); is {
+			return firstBytes{bytes: raw}, c.saw(policy.ProtocolHTTP)
+		}
+	}
+	return firstBytes{bytes: raw}, c.saw(policy.ProtocolTCP)
+}
+
+// awaitMethod reads on until raw shows whether it is HTTP.
+func (c *connect) awaitMethod(raw []byte) (all []byte, is bool) {
+	for {
+		is, known := looksHTTP(raw)
+		if known {
+			return raw, is
+		}
+		raw = slices.Grow(raw, maxMethod)
+		n, err := c.client.Read(raw[len(raw):cap(raw)])
+		if raw = raw[:len(raw)+n]; err != nil && n == 0 {
+			return raw, false
+		}
+	}
+}
+
+// looksHTTP reports whether b starts like an HTTP request: a method in capital
+// letters, a space, and the start of a target. known is false as long as more
+// bytes could change the answer.
+func looksHTTP(b []byte) (is, known bool) {
+	i := slices.IndexFunc(b, func(c byte) bool { return (c < 'A' || c > 'Z') && c != '-' })
+	switch {
+	case i < 0:
+		return false, len(b) > maxMethod
+	case i == 0 || i > maxMethod || b[i] != ' ':
+		return false, true
+	case len(b) == i+1:
+		return false, false
+	}
+	c := b[i+1] | 0x20
+	return b[i+1] == '/' || b[i+1] == '*' || c >= 'a' && c <= 'z', true
+}
+
+// sawNothing decides on a client that is silent, or closed without a word: its
+// server may speak first, where anything may be spoken.
+func (c *connect) sawNothing(err error) (firstBytes, *refusal) {
+	asked := c.decision
+	r := c.saw(policy.ProtocolTCP)
+	switch {
+	case r == nil:
+		return firstBytes{}, nil
+	case isTimeout(err):
+		return firstBytes{}, &refusal{decision: c.decision.Refuse(policy.ReasonHelloTimeout), err: err}
+	}
+	c.decision = asked
+	return firstBytes{left: true}, nil
+}
+
+// gone ends a CONNECT whose client went away. Nothing was refused.
+func (c *connect) gone(err error) {
+	c.client.Close()
+	c.finish(c.decision, err)
+}
+
+// refuse tells the client of r in the way it understands at this stage, and ends
+// the CONNECT. Nothing went to the far side.
+func (c *connect) refuse(r *refusal) {
+	switch {
+	case !c.answered:
+		c.ev.Status = r.status
+		c.sendAnswer(r, true)
+	case c.request.Protocol == policy.ProtocolTLS:
+		c.client.Write(alertRecord(r.alert()))
+	case c.request.Protocol == policy.ProtocolHTTP:
+		c.sendAnswer(r, false)
+	} // in other protocols there is no way to say why
+	c.finish(r.decision, r.err)
+	closeGently(c.client, make([]byte, 512))
+}
+
+// sendAnswer writes an HTTP answer to the client, before or inside the tunnel.
+func (c *connect) sendAnswer(r *refusal, connect bool) {
+	a := c.s.answer(r, &c.ev, c.json)
+	c.client.Write(a.append(make([]byte, 0, 1024), r.phrase(connect)))
+}
+
+// finish emits the event of a CONNECT that became no tunnel.
+func (c *connect) finish(d policy.Decision, err error) {
+	c.release()
+	c.ev.Decision = d
+	note(&c.ev, err)
+	c.s.observe(&c.ev)
+}
+
+// release gives the place among the tunnels back, unless a tunnel has it.
+func (c *connect) release() {
+	if c.reserved {
+		c.reserved = false
+		c.s.tunnels.release(c.request.Source)
+	}
+}
+
+// destination returns what a client asked for, as events and answers show it.
+func destination(name policy.Name, addr netip.Addr) string {
+	if !name.IsZero() {
+		return name.String()
+	}
+	return addr.String()
+}

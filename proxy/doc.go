@@ -1,0 +1,32 @@
+// Package proxy is the explicit forward proxy: CONNECT with a look at the TLS
+// ClientHello, and plain HTTP.
+//
+// One CONNECT, in this order:
+//
+//	request head      read strictly, under a deadline and a size bound (front.go)
+//	target            parsed; Decide on name and port, before any DNS query
+//	limits, loop      a place among the tunnels; never back to this proxy
+//	addresses         resolved once; Decide on each (reach.go)
+//	connection        to one of the addresses that passed, and no other
+//	200               only now: a far side that fails is a truthful 502 or 504
+//	first bytes       ClientHello, HTTP, or something else; Decide on that
+//	relay             the bytes seen, unchanged, then both ways (tunnel.go)
+//	event             one, at the end
+//
+// A connection that starts with another method goes on to net/http and from there
+// through goproxy, every request decided on its own (forward.go). So does HTTP
+// inside a CONNECT, with the authority fixed. A CONNECT that arrives on such a
+// connection later is taken back from net/http by Hijack, with the bytes that
+// were buffered, and goes the way above.
+//
+// net/http serves a connection from its first head that is not CONNECT. That head
+// was read strictly; heads that follow on the same connection are read by
+// net/http, which is more lenient (bare LF, obs-fold, both lengths), but
+// everything it accepts is written anew to the far side in one unambiguous form.
+//
+// # What is not protected against
+//
+// What happens inside TLS: an HTTP host other than the server name, a name hidden
+// in an encrypted ClientHello that a rule allows, a second ClientHello after a
+// HelloRetryRequest.
+package proxy

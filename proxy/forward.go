@@ -1,0 +1,497 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"net/netip"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/elazarl/goproxy"
+
+	"sallyport/policy"
+	"sallyport/policy/event"
+)
+
+const (
+	via = "1.1 sallyport" // RFC 9110, section 7.6.3
+
+	defaultPort = ":80" // of the http scheme
+
+	// Upstream connections kept for another request.
+	idlePerHost = 16
+	idlePerPool = 256
+	idleTime    = 90 * time.Second
+
+	copySize = 32 << 10 // bytes of a body moved at a time
+)
+
+var copyBuffers = sync.Pool{New: func() any { return new([copySize]byte) }}
+
+// exchangeKey finds the exchange in a request's context.
+type exchangeKey struct{}
+
+// An exchange is one plain HTTP request and its response. It is also the
+// http.ResponseWriter that goproxy writes to.
+type exchange struct {
+	http.ResponseWriter
+	s      *Server
+	client *clientConn
+	json   bool // the client prefers JSON
+
+	ev       event.Event
+	request  policy.Request  // what was asked before the dial; not changed then, for the dial reads it
+	admitted policy.Decision // the answer; the same
+	decision policy.Decision // the last one
+
+	up, down atomic.Int64 // bytes of the bodies
+	written  int64        // of the response's body, to the client
+	length   int64        // of the response's body as announced; -1: unknown
+	broken   error        // why the response ends before its end
+	taken    bool         // a tunnel has the event
+}
+
+// newGoproxy returns the part of goproxy that is used: it drives a decided
+// request, copies header fields, body and trailers. Everything else it could do
+// is shut off: no dial of its own, no environment, no CONNECT.
+func newGoproxy(s *Server) *goproxy.ProxyHttpServer {
+	never := errors.New("goproxy dials by itself")
+	p := goproxy.NewProxyHttpServer()
+	p.Tr = &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return nil, never }}
+	p.ConnectDial = func(string, string) (net.Conn, error) { return nil, never }
+	p.Logger = debugLog{s}
+	p.KeepHeader = true // removing the hop-by-hop fields is our work, see stripHopByHop
+	p.KeepAcceptEncoding = true
+	p.OnRequest().HandleConnect(goproxy.AlwaysReject)
+	p.OnRequest().DoFunc(func(r *http.Request, ctx *goproxy.ProxyCtx) (*http.Request, *http.Response) {
+		ctx.RoundTripper = goproxy.RoundTripperFunc(roundTrip)
+		return r, nil
+	})
+	return p
+}
+
+// debugLog takes what goproxy and net/http have to say about connections.
+type debugLog struct{ s *Server }
+
+func (l debugLog) Printf(format string, v ...any) {
+	l.s.cfg.Logger.Debug().Msg(strings.TrimSpace(fmt.Sprintf(format, v...)))
+}
+
+func (l debugLog) Write(p []byte) (int, error) {
+	l.s.cfg.Logger.Debug().Msg(strings.TrimSpace(string(p)))
+	return len(p), nil
+}
+
+// A forwarder is the handler of the http.Server.
+type forwarder struct{ s *Server }
+
+// ServeHTTP serves one request of a connection that the front gave to net/http.
+func (f forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	c, ok := r.Context().Value(clientKey{}).(*clientConn)
+	if !ok {
+		panic("a connection that did not come through the front")
+	}
+	c.serving = true
+	if r.Method == http.MethodConnect && c.session == nil {
+		f.s.takeBack(c, w, r)
+		return
+	}
+	ex := f.s.newExchange(c, w, r)
+	defer ex.finish(r)
+	if refused := ex.admit(r); refused != nil {
+		ex.refuse(refused)
+		return
+	}
+	if protocol := upgradeOf(r.Header); protocol != "" {
+		ex.upgrade(r, protocol)
+		return
+	}
+	ex.forward(r)
+}
+
+// clientKey finds the clientConn in the contexts of its requests.
+type clientKey struct{}
+
+func (s *Server) newExchange(c *clientConn, w http.ResponseWriter, r *http.Request) *exchange {
+	ex := &exchange{ResponseWriter: w, s: s, client: c, length: -1}
+	ex.ev = s.newEvent(event.HTTP, c.source, time.Now())
+	ex.ev.Method = clip(r.Method)
+	ex.ev.UserAgent = clip(r.UserAgent())
+	ex.json = wantsJSON(r.Header.Get("Accept"))
+	return ex
+}
+
+// finish emits the event. A response that broke off must not look whole: the
+// connection is closed in the middle of it.
+func (ex *exchange) finish(r *http.Request) {
+	crash := recover()
+	if crash != nil && crash != http.ErrAbortHandler {
+		ex.s.crashed(crash)
+	}
+	if !ex.taken {
+		r.Body.Close() // a round trip that outlives the handler must not read on
+		ex.ev.Decision = ex.decision
+		ex.ev.BytesUp, ex.ev.BytesDown = ex.up.Load(), ex.down.Load()
+		note(&ex.ev, ex.broken)
+		ex.s.observe(&ex.ev)
+	}
+	if crash != nil || ex.broken != nil {
+		panic(http.ErrAbortHandler)
+	}
+}
+
+// admit finds out what is asked for and decides on it; it makes r's target the
+// canonical one.
+func (ex *exchange) admit(r *http.Request) *refusal {
+	if r.URL.Host == "" && ex.client.session == nil || r.Method == http.MethodConnect {
+		return ex.malformed(errors.New("the request target is not an absolute URI"))
+	}
+	if r.URL.Host != "" && (r.URL.Scheme != "http" || r.URL.User != nil) {
+		return ex.malformed(errors.New("only http:// URIs without user information are forwarded"))
+	}
+	host := r.URL.Host
+	if host == "" {
+		host = r.Host
+	}
+	if !hasPort(host) {
+		host += defaultPort
+	}
+	name, addr, port, err := policy.ParseAuthority(host)
+	if err != nil {
+		ex.ev.Name = clip(host)
+		return ex.malformed(err)
+	}
+	addr = addr.Unmap()
+	ex.ev.Name, ex.ev.Port = destination(name, addr), port
+	ex.request = policy.Request{
+		Source: ex.ev.Source.Addr(), Name: name, Address: addr, Port: port,
+		Protocol: policy.ProtocolHTTP, Time: ex.ev.Time,
+	}
+	if t := ex.client.session; t != nil {
+		ex.decision = t.tunnel.ev.Decision
+		if !t.isFor(&ex.request) {
+			return ex.mismatch()
+		}
+		ex.request.Destination = t.tunnel.request.Destination
+	}
+	ex.admitted = ex.s.cfg.Decider.Decide(ex.request)
+	if ex.decision = ex.admitted; !ex.decision.Passes() {
+		return denied(ex.decision)
+	}
+	r.URL.Scheme, r.URL.Host = "http", authority(name, addr, port)
+	r.Host = strings.TrimSuffix(r.URL.Host, defaultPort)
+	return nil
+}
+
+// malformed refuses a request before anything could be decided. What follows it
+// on the connection cannot be trusted.
+func (ex *exchange) malformed(err error) *refusal {
+	ex.Header().Set("Connection", "close")
+	return badRequest(ex.decision, err)
+}
+
+// mismatch refuses a request inside a CONNECT that is for another authority.
+func (ex *exchange) mismatch() *refusal {
+	ex.Header().Set("Connection", "close")
+	return &refusal{
+		decision: ex.decision.Refuse(policy.ReasonHostMismatch),
+		status:   http.StatusForbidden, token: statusRequestDenied,
+	}
+}
+
+// hasPort reports whether host, as it stands in a Host field, has a port.
+func hasPort(host string) bool {
+	return strings.LastIndexByte(host, ':') > strings.LastIndexByte(host, ']')
+}
+
+// authority writes host and port as a URI does.
+func authority(name policy.Name, addr netip.Addr, port uint16) string {
+	if name.IsZero() {
+		return netip.AddrPortFrom(addr, port).String()
+	}
+	return name.String() + ":" + strconv.Itoa(int(port))
+}
+
+// refuse writes the answer for r.
+func (ex *exchange) refuse(r *refusal) {
+	ex.decision = r.decision
+	note(&ex.ev, r.err)
+	a := ex.s.answer(r, &ex.ev, ex.json)
+	body := a.body()
+	a.fields(ex.Header().Set)
+	ex.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	ex.WriteHeader(r.status)
+	ex.ResponseWriter.Write(body)
+}
+
+// forward lets goproxy drive the exchange.
+func (ex *exchange) forward(r *http.Request) {
+	trace := &httptrace.ClientTrace{GotConn: ex.gotConn}
+	ctx := context.WithValue(r.Context(), exchangeKey{}, ex)
+	out := r.WithContext(httptrace.WithClientTrace(ctx, trace))
+	prepare(out)
+	if r.ContentLength == 0 {
+		out.Body = http.NoBody
+	} else {
+		out.Body = &countingBody{ReadCloser: r.Body, n: &ex.up, more: ex.totalUp()}
+	}
+	ex.s.goproxy.ServeHTTP(ex, out)
+}
+
+// totalUp and totalDown are what bytes are counted in beside the exchange itself.
+func (ex *exchange) totalUp() *atomic.Int64 {
+	if t := ex.client.session; t != nil {
+		return &t.tunnel.up
+	}
+	return &ex.s.httpUp
+}
+
+func (ex *exchange) totalDown() *atomic.Int64 {
+	if t := ex.client.session; t != nil {
+		return &t.tunnel.down
+	}
+	return &ex.s.httpDown
+}
+
+// prepare turns a client's request into the one for the far side.
+func prepare(r *http.Request) {
+	stripHopByHop(r.Header)
+	for _, k := range []string{"X-Forwarded-For", "Forwarded"} {
+		r.Header.Del(k) // what clients say of themselves is no use to anybody, and we do not tell on them
+	}
+	if _, ok := r.Header["User-Agent"]; !ok {
+		r.Header["User-Agent"] = []string{""} // keeps net/http from adding its own
+	}
+	r.Header.Add("Via", via)
+	r.Close = false // the client's connection ends, not ours to the far side
+}
+
+// stripHopByHop removes the fields that are for one connection only, and those
+// that Connection names (RFC 9110, section 7.6.1).
+func stripHopByHop(h http.Header) {
+	for _, v := range h["Connection"] {
+		for k := range strings.SplitSeq(v, ",") {
+			h.Del(strings.TrimSpace(k))
+		}
+	}
+	for _, k := range []string{
+		"Connection", "Keep-Alive", "Proxy-Connection", "Proxy-Authorization", "Proxy-Authenticate",
+		"Proxy-Authentication-Info", "Te", "Transfer-Encoding", "Upgrade",
+	} {
+		delete(h, k)
+	}
+}
+
+// roundTrip is the RoundTripper that goproxy calls. What fails becomes an answer
+// here, so that goproxy never writes an error text of its own.
+func roundTrip(r *http.Request, _ *goproxy.ProxyCtx) (*http.Response, error) {
+	ex := r.Context().Value(exchangeKey{}).(*exchange)
+	resp, err := ex.transport().RoundTrip(r)
+	if err == nil && resp.StatusCode == http.StatusSwitchingProtocols {
+		resp.Body.Close()
+		err = errUnaskedUpgrade
+	}
+	if err != nil {
+		return ex.failed(r, err), nil
+	}
+	ex.receive(resp)
+	return resp, nil
+}
+
+var errClientLeft = errors.New("the client closed before the response")
+
+var errUnaskedUpgrade = errors.New("malformed response: 101 without a request for an upgrade")
+
+// receive makes the far side's response the one for the client.
+func (ex *exchange) receive(resp *http.Response) {
+	stripHopByHop(resp.Header)
+	resp.Header.Add("Via", via)
+	ex.length = resp.ContentLength
+	resp.Body = &countingBody{ReadCloser: resp.Body, n: &ex.down, more: ex.totalDown(), failed: &ex.broken}
+}
+
+// failed returns the answer for an error of the far side.
+func (ex *exchange) failed(r *http.Request, err error) *http.Response {
+	if r.Context().Err() != nil { // nobody reads an answer
+		ex.broken = errClientLeft
+	}
+	refused := exchangeFailed(ex.decision, err)
+	ex.decision = refused.decision
+	note(&ex.ev, refused.err)
+	a := ex.s.answer(refused, &ex.ev, ex.json)
+	body := a.body()
+	header := http.Header{}
+	a.fields(header.Set)
+	header.Set("Content-Length", strconv.Itoa(len(body)))
+	return &http.Response{
+		StatusCode: refused.status, Header: header, ContentLength: int64(len(body)),
+		Body: io.NopCloser(strings.NewReader(string(body))), Request: r,
+	}
+}
+
+// transport returns the http.Transport for the exchange: inside a CONNECT the
+// session's own, else that of the source's group under the policy that decided.
+func (ex *exchange) transport() *http.Transport {
+	if t := ex.client.session; t != nil {
+		return t.transport
+	}
+	return ex.s.pools.get(poolKey{ex.admitted.Group, ex.admitted.Revision})
+}
+
+// gotConn is called in the goroutine of the round trip.
+func (ex *exchange) gotConn(info httptrace.GotConnInfo) {
+	ex.ev.Destination = remoteAddr(info.Conn)
+	c, ok := info.Conn.(*upstreamConn)
+	if !ok {
+		return
+	}
+	if !info.Reused {
+		ex.ev.DNSTime, ex.ev.ConnTime = c.dnsTime, c.connTime
+	}
+	// With the address known another rule may be the one that counts.
+	req := ex.request
+	req.Destination = ex.ev.Destination.Addr()
+	if d := ex.s.cfg.Decider.Decide(req); d.Passes() {
+		ex.decision = d
+	}
+}
+
+// WriteHeader notes the status for the event.
+func (ex *exchange) WriteHeader(status int) {
+	ex.ev.Status = status
+	ex.ResponseWriter.WriteHeader(status)
+}
+
+// ReadFrom copies a response's body to the client. Each piece is sent on as it
+// comes; the last one of a known length is left to net/http, which sends it at
+// once, together with the header if nothing was sent before.
+func (ex *exchange) ReadFrom(src io.Reader) (n int64, err error) {
+	buf := copyBuffers.Get().(*[copySize]byte)
+	defer copyBuffers.Put(buf)
+	for {
+		m, rerr := src.Read(buf[:])
+		if m > 0 {
+			w, werr := ex.ResponseWriter.Write(buf[:m])
+			n += int64(w)
+			ex.written += int64(w)
+			if werr != nil {
+				return n, werr
+			}
+			if ex.written != ex.length {
+				ex.Flush()
+			}
+		}
+		if rerr == io.EOF {
+			return n, nil
+		}
+		if rerr != nil {
+			return n, rerr
+		}
+	}
+}
+
+// Flush sends what is buffered.
+func (ex *exchange) Flush() {
+	if f, ok := ex.ResponseWriter.(http.Flusher); ok {
+		f.Flush()
+	}
+}
+
+// countingBody counts the bytes of a body as they pass, and keeps its error.
+type countingBody struct {
+	io.ReadCloser
+	n, more *atomic.Int64
+	failed  *error // set if reading fails; nil: not wanted
+}
+
+func (b *countingBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	b.n.Add(int64(n))
+	b.more.Add(int64(n))
+	if err != nil && err != io.EOF && b.failed != nil {
+		*b.failed = err
+	}
+	return n, err
+}
+
+// poolKey says who may share upstream connections: nobody in another group, and
+// nobody under another policy, which might have checked the address otherwise.
+type poolKey struct{ group, revision string }
+
+// pools holds the http.Transports. Within one of them a connection to a name and
+// port is used again for the same name and port alone. As group, name, port and
+// policy are the same, so is the answer for its address.
+type pools struct {
+	s  *Server
+	mu sync.Mutex // guards m
+	m  map[poolKey]*http.Transport
+}
+
+func (p *pools) get(k poolKey) *http.Transport {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	t := p.m[k]
+	if t == nil {
+		t = p.s.newTransport(p.s.dialExchange)
+		p.m[k] = t
+	}
+	return t
+}
+
+// retire closes the idle connections of all pools and forgets the pools. What is
+// in use is closed when it becomes idle.
+func (p *pools) retire() {
+	p.mu.Lock()
+	old := p.m
+	p.m = make(map[poolKey]*http.Transport)
+	p.mu.Unlock()
+	for _, t := range old {
+		t.CloseIdleConnections()
+	}
+}
+
+type dialContext = func(ctx context.Context, network, addr string) (net.Conn, error)
+
+func (s *Server) newTransport(dial dialContext) *http.Transport {
+	return &http.Transport{
+		DialContext:            dial,
+		DisableCompression:     true,
+		MaxIdleConns:           idlePerPool,
+		MaxIdleConnsPerHost:    idlePerHost,
+		IdleConnTimeout:        idleTime,
+		ExpectContinueTimeout:  time.Second,
+		MaxResponseHeaderBytes: int64(s.cfg.Limits.HeaderBytes),
+	}
+}
+
+// An upstreamConn is a connection in a pool, and how it came about.
+type upstreamConn struct {
+	idleConn
+	dnsTime, connTime time.Duration
+}
+
+func (s *Server) newUpstreamConn(c net.Conn, t trip) *upstreamConn {
+	return &upstreamConn{idleConn: idleConn{Conn: c, idle: s.cfg.Timeouts.Idle}, dnsTime: t.dnsTime, connTime: t.connTime}
+}
+
+// dialExchange connects to the destination of the exchange in ctx; addr, which
+// says the same, is not looked at.
+func (s *Server) dialExchange(ctx context.Context, _, _ string) (net.Conn, error) {
+	ex := ctx.Value(exchangeKey{}).(*exchange)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(s.life, cancel)() // net/http detaches dials from the request
+	conn, t, r := s.reach(ctx, ex.request, ex.admitted)
+	if r != nil {
+		return nil, r
+	}
+	return s.newUpstreamConn(conn, t), nil
+}

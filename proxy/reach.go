@@ -1,0 +1,123 @@
+package proxy
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"slices"
+	"time"
+
+	"sallyport/policy"
+)
+
+// A trip is how a connection to the far side came about.
+type trip struct {
+	decision  policy.Decision // the last one, on the address dialled
+	request   policy.Request  // what it was asked
+	dnsTime   time.Duration
+	connTime  time.Duration
+	addresses []netip.AddrPort // that passed
+}
+
+// reach connects to the destination of req, for which d was decided: it resolves
+// the name once, has every address decided, and dials those that pass. The trip
+// is good on error too, as far as it went. ctx and timeouts.connect bound it all.
+func (s *Server) reach(ctx context.Context, req policy.Request, d policy.Decision) (net.Conn, trip, *refusal) {
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.Timeouts.Connect)
+	defer cancel()
+	t := trip{decision: d, request: req}
+	addrs := []netip.Addr{req.Address.Unmap()}
+	if !req.Name.IsZero() {
+		start := time.Now()
+		var err error
+		addrs, err = s.dialer.Resolve(ctx, req.Name.String())
+		t.dnsTime = time.Since(start)
+		if err != nil {
+			return nil, t, resolveFailed(d, err)
+		}
+	}
+	if r := s.check(&t, addrs); r != nil {
+		return nil, t, r
+	}
+	start := time.Now()
+	conn, err := s.dialer.Dial(ctx, t.addresses)
+	t.connTime = time.Since(start)
+	if err != nil {
+		return nil, t, connectFailed(t.decision, err)
+	}
+	// Which rule let the connection pass depends on the address, and the policy
+	// may have changed on the way.
+	t.request.Destination = remoteAddr(conn).Addr()
+	t.decision = s.cfg.Decider.Decide(t.request)
+	if !t.decision.Passes() {
+		conn.Close()
+		return nil, t, denied(t.decision)
+	}
+	return conn, t, nil
+}
+
+// check decides on each address and keeps those that pass. If none does, the
+// first denial is the refusal.
+func (s *Server) check(t *trip, addrs []netip.Addr) *refusal {
+	var first *refusal
+	for _, a := range addrs {
+		to := netip.AddrPortFrom(a, t.request.Port)
+		var r *refusal
+		req := t.request
+		req.Destination = a
+		if s.isSelf(to) {
+			r = looped(t.decision)
+		} else if d := s.cfg.Decider.Decide(req); !d.Passes() {
+			r = denied(d)
+		}
+		if r == nil {
+			t.addresses = append(t.addresses, to)
+		} else if first == nil {
+			first = r
+		}
+	}
+	if len(t.addresses) > 0 {
+		return nil
+	}
+	return first
+}
+
+// isSelf reports whether a connection to a would come back to this proxy.
+func (s *Server) isSelf(a netip.AddrPort) bool {
+	return slices.ContainsFunc(s.addrs, func(l netip.AddrPort) bool {
+		if l.Port() != a.Port() {
+			return false
+		}
+		// Connecting to the unspecified address reaches this host.
+		return l.Addr() == a.Addr() || a.Addr().IsUnspecified() || l.Addr().IsUnspecified() && isLocal(a.Addr())
+	})
+}
+
+// isLocal reports whether a is an address of this host. It asks the system, for
+// addresses come and go; that is rare, as the port was ours already.
+func isLocal(a netip.Addr) bool {
+	if a.IsLoopback() {
+		return true
+	}
+	local, err := net.InterfaceAddrs()
+	if err != nil {
+		return true // better a refusal too many than a loop
+	}
+	return slices.ContainsFunc(local, func(l net.Addr) bool {
+		p, err := netip.ParsePrefix(l.String())
+		return err == nil && p.Addr().Unmap() == a
+	})
+}
+
+// remoteAddr returns the address of c's peer, unmapped; zero if it is not a TCP address.
+func remoteAddr(c net.Conn) netip.AddrPort { return addrPort(c.RemoteAddr()) }
+
+// addrPort returns a as a netip.AddrPort, unmapped and without a zone.
+func addrPort(a net.Addr) netip.AddrPort {
+	t, ok := a.(*net.TCPAddr)
+	if !ok {
+		return netip.AddrPort{}
+	}
+	p := t.AddrPort()
+	return netip.AddrPortFrom(p.Addr().Unmap().WithZone(""), p.Port())
+}

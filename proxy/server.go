@@ -1,0 +1,594 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/base32"
+	"errors"
+	"fmt"
+	"log"
+	"net"
+	"net/http"
+	"net/netip"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/elazarl/goproxy"
+	"github.com/rs/zerolog"
+
+	"sallyport/policy"
+	"sallyport/policy/event"
+	"sallyport/proxy/clienthello"
+	"sallyport/proxy/upstream"
+)
+
+// A Decider answers whether a request may pass. *policy.Store is one. Decide must
+// be safe for concurrent use and fast: it is asked several times a connection.
+type Decider interface {
+	Decide(policy.Request) policy.Decision
+}
+
+// Config says how a Server works. It is copied by New.
+type Config struct {
+	Listen   []string          // addresses for Listen, host:port; no host is every address of this machine
+	Decider  Decider           // required
+	Resolver upstream.Resolver // required; asked once a request, and only for names that may pass
+	Observer event.Observer    // told of every event; nil: nobody
+	Logger   zerolog.Logger    // for what someone should act on; the zero value is silent
+	HelpURL  string            // shown to refused clients: where to ask for access; "": nothing
+	Timeouts Timeouts
+	Limits   Limits
+}
+
+// Timeouts bound every phase that a peer could draw out. Zero fields, but for
+// Drain, take the default.
+type Timeouts struct {
+	Connect       time.Duration // to resolve a name and connect; default 10 s
+	ClientHello   time.Duration // from the 200 of a CONNECT to the whole ClientHello; default 10 s
+	RequestHeader time.Duration // from the start of a connection or request to the whole head; default 10 s
+	Idle          time.Duration // without a byte either way; default 10 min
+	Drain         time.Duration // for live tunnels after Shutdown; 0: they are cut at once
+}
+
+// Limits bound what clients can make the proxy hold.
+type Limits struct {
+	Tunnels          int // tunnels at a time, established or on the way; 0: no limit
+	TunnelsPerSource int // the same, from one client address; 0: no limit
+	ClientHelloBytes int // of a ClientHello with its record headers; 0: 16 KiB
+	HeaderBytes      int // of a request or response head; 0: 64 KiB
+}
+
+const (
+	defaultConnect       = 10 * time.Second
+	defaultClientHello   = 10 * time.Second
+	defaultRequestHeader = 10 * time.Second
+	defaultIdle          = 10 * time.Minute
+	defaultHeaderBytes   = 64 << 10
+
+	listener = "proxy" // Event.Listener
+
+	minBuffer = 4 << 10 // bytes to read a head or a ClientHello into; most fit
+
+	// After a failed accept, such as for lack of descriptors.
+	minPause = 5 * time.Millisecond
+	maxPause = time.Second
+)
+
+var buffers = sync.Pool{New: func() any { return new([minBuffer]byte) }}
+
+// Stats is a snapshot of numbers.
+type Stats struct {
+	Connections  int    // client connections open, tunnels included
+	Tunnels      int    // tunnels established
+	BytesUp      int64  // towards destinations since the start, live connections included
+	BytesDown    int64  // towards clients
+	AcceptErrors uint64 // failed accepts since the start
+	Panics       uint64 // connections closed because of a mistake in this program
+}
+
+// A Server is the proxy. Listen, then Serve; Shutdown or the end of Serve's
+// context ends it for good.
+type Server struct {
+	cfg     Config
+	dialer  upstream.Dialer
+	goproxy *goproxy.ProxyHttpServer
+	http    *http.Server
+	handOff *handOff
+	pools   pools
+	tunnels tunnels
+
+	listeners []net.Listener
+	addrs     []netip.AddrPort // of listeners
+
+	life       context.Context // of connections; ends when they are cut
+	cut        context.CancelFunc
+	wg         sync.WaitGroup // every goroutine that serves a connection or listener
+	stopping   sync.Once
+	quit       chan struct{} // closed when Shutdown begins
+	stopped    chan struct{} // closed when it is done
+	draining   atomic.Bool   // the same as quit
+	generation atomic.Uint64 // of the policy: grows with each Recheck
+
+	mu      sync.Mutex // guards pending
+	pending map[*pending]struct{}
+
+	idPrefix         string
+	ids              atomic.Uint64
+	httpConns        atomic.Int64 // connections that net/http serves, but for sessions
+	httpUp, httpDown atomic.Int64 // bytes of bodies outside sessions
+	acceptErrors     atomic.Uint64
+	panics           atomic.Uint64
+}
+
+// pending is a connection that is neither a tunnel nor net/http's, yet.
+type pending struct {
+	conn  net.Conn
+	begun atomic.Bool // the client has sent something
+}
+
+// closeUnused closes a connection on which nobody has asked for anything.
+func (p *pending) closeUnused() {
+	if !p.begun.Load() {
+		p.conn.Close()
+	}
+}
+
+// New returns a Server that does nothing yet.
+func New(cfg Config) *Server {
+	cfg.setDefaults()
+	s := &Server{
+		cfg:      cfg,
+		dialer:   upstream.Dialer{Resolver: cfg.Resolver},
+		handOff:  newHandOff(),
+		quit:     make(chan struct{}),
+		stopped:  make(chan struct{}),
+		pending:  make(map[*pending]struct{}),
+		tunnels:  tunnels{limits: cfg.Limits, bySource: make(map[netip.Addr]int), live: make(map[*tunnel]struct{})},
+		idPrefix: newPrefix(),
+	}
+	s.life, s.cut = context.WithCancel(context.Background())
+	s.pools = pools{s: s, m: make(map[poolKey]*http.Transport)}
+	s.goproxy = newGoproxy(s)
+	s.http = &http.Server{
+		Handler:                      forwarder{s},
+		DisableGeneralOptionsHandler: true,
+		ReadHeaderTimeout:            cfg.Timeouts.RequestHeader,
+		IdleTimeout:                  cfg.Timeouts.Idle,
+		MaxHeaderBytes:               max(cfg.Limits.HeaderBytes-4<<10, 1), // net/http allows 4 KiB more
+		ErrorLog:                     log.New(debugLog{s}, "", 0),
+		BaseContext:                  func(net.Listener) context.Context { return s.life },
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, clientKey{}, c)
+		},
+		ConnState: s.connState,
+	}
+	return s
+}
+
+func (c *Config) setDefaults() {
+	orDefault := func(d *time.Duration, value time.Duration) {
+		if *d <= 0 {
+			*d = value
+		}
+	}
+	orDefault(&c.Timeouts.Connect, defaultConnect)
+	orDefault(&c.Timeouts.ClientHello, defaultClientHello)
+	orDefault(&c.Timeouts.RequestHeader, defaultRequestHeader)
+	orDefault(&c.Timeouts.Idle, defaultIdle)
+	if c.Limits.ClientHelloBytes <= 0 {
+		c.Limits.ClientHelloBytes = clienthello.DefaultLimit
+	}
+	if c.Limits.HeaderBytes <= 0 {
+		c.Limits.HeaderBytes = defaultHeaderBytes
+	}
+	if c.Observer == nil {
+		c.Observer = event.Observers(nil)
+	}
+}
+
+// Listen binds every address of Config.Listen, or none: the error names the one
+// that could not be had.
+func (s *Server) Listen() error {
+	// MPTCP, which Go would use where it can, cannot be spliced.
+	lc := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 4}}
+	lc.SetMultipathTCP(false)
+	for _, a := range s.cfg.Listen {
+		l, err := lc.Listen(context.Background(), "tcp", a)
+		if err != nil {
+			s.closeListeners()
+			return fmt.Errorf("listen on %s: %w", a, err)
+		}
+		s.listeners = append(s.listeners, l)
+		s.addrs = append(s.addrs, addrPort(l.Addr()))
+	}
+	return nil
+}
+
+func (s *Server) closeListeners() {
+	for _, l := range s.listeners {
+		l.Close()
+	}
+}
+
+// Addrs returns the addresses bound by Listen, in the order of Config.Listen.
+func (s *Server) Addrs() []netip.AddrPort { return s.addrs }
+
+// Serve accepts connections until ctx ends, when it shuts down, or until
+// Shutdown is called. It returns when all is over, and nil unless Listen was not
+// called.
+func (s *Server) Serve(ctx context.Context) error {
+	if len(s.listeners) != len(s.cfg.Listen) {
+		return errors.New("serve: Listen was not called")
+	}
+	for _, l := range s.listeners {
+		s.wg.Add(1)
+		go s.accept(l)
+	}
+	s.wg.Add(1)
+	go s.serveHTTP()
+	select {
+	case <-ctx.Done():
+		return s.Shutdown(context.WithoutCancel(ctx))
+	case <-s.stopped:
+		return nil
+	}
+}
+
+func (s *Server) serveHTTP() {
+	defer s.wg.Done()
+	s.http.Serve(s.handOff) // ends with ErrServerClosed, at Shutdown
+}
+
+// accept accepts until l is closed. Other failures pass, and are waited for.
+func (s *Server) accept(l net.Listener) {
+	defer s.wg.Done()
+	pause := minPause
+	for {
+		conn, err := l.Accept()
+		switch {
+		case err == nil:
+			pause = minPause
+			s.wg.Add(1)
+			go s.serveConn(conn)
+			continue
+		case errors.Is(err, net.ErrClosed):
+			return
+		}
+		s.acceptErrors.Add(1)
+		if pause == minPause {
+			s.cfg.Logger.Warn().Err(err).Str("listener", listener).Msg("cannot accept connections; trying again")
+		}
+		select {
+		case <-time.After(pause):
+		case <-s.quit:
+		}
+		pause = min(2*pause, maxPause)
+	}
+}
+
+// serveConn serves a connection until it is somebody else's: a tunnel's or net/http's.
+func (s *Server) serveConn(conn net.Conn) {
+	defer s.wg.Done()
+	defer s.recovered(conn)
+	p := s.enter(conn, false)
+	defer s.leave(p)
+	buf := buffers.Get().(*[minBuffer]byte)
+	defer buffers.Put(buf)
+	s.front(p, buf[:0])
+}
+
+// front reads the first head of a connection and passes the connection on.
+func (s *Server) front(p *pending, buf []byte) {
+	start := time.Now()
+	source := remoteAddr(p.conn)
+	p.conn.SetReadDeadline(start.Add(s.cfg.Timeouts.RequestHeader))
+	raw, n, err := readHead(firstRead{p}, buf, s.cfg.Limits.HeaderBytes)
+	if len(raw) == 0 { // a probe, or a connection opened in advance
+		p.conn.Close()
+		return
+	}
+	var h head
+	if err == nil {
+		h, err = parseHead(raw[:n])
+	}
+	switch {
+	case err != nil:
+		s.refuseHead(p.conn, source, start, &h, err)
+	case h.isConnect():
+		s.serveConnect(p.conn, source, start, &h, raw[n:])
+	default:
+		s.serveByHTTP(&clientConn{
+			idleConn: idleConn{Conn: p.conn, idle: s.cfg.Timeouts.Idle},
+			s:        s, source: source, replay: bytes.Clone(raw),
+		})
+	}
+}
+
+// firstRead notes that the client has sent something: from then on Shutdown waits.
+type firstRead struct{ p *pending }
+
+func (r firstRead) Read(b []byte) (int, error) {
+	n, err := r.p.conn.Read(b)
+	if n > 0 {
+		r.p.begun.Store(true)
+	}
+	return n, err
+}
+
+// refuseHead answers a head that is not HTTP as it should be.
+func (s *Server) refuseHead(conn net.Conn, source netip.AddrPort, start time.Time, h *head, err error) {
+	c := &connect{s: s, client: conn, json: h.json}
+	kind := event.HTTP
+	if h.isConnect() {
+		kind = event.Connect
+		c.ev.Name = clip(string(h.target))
+	}
+	name := c.ev.Name
+	c.ev = s.newEvent(kind, source, start)
+	c.ev.Name, c.ev.Method, c.ev.UserAgent = name, clip(string(h.method)), clip(string(h.userAgent))
+	if !isHeadError(err) { // the client went away in the middle of it
+		c.decision = c.decision.Refuse(policy.ReasonBadRequest)
+		c.gone(err)
+		return
+	}
+	c.refuse(badRequest(c.decision, err))
+}
+
+// serveByHTTP gives c to net/http.
+func (s *Server) serveByHTTP(c *clientConn) {
+	c.Conn.SetReadDeadline(time.Time{})
+	s.wg.Add(1)
+	if c.session == nil {
+		s.httpConns.Add(1)
+	}
+	if !s.handOff.give(c) {
+		s.refuseDraining(c)
+		s.connState(c, http.StateClosed)
+	}
+}
+
+// refuseDraining answers a first request that comes after Shutdown has begun.
+func (s *Server) refuseDraining(c *clientConn) {
+	x := &connect{s: s, client: c.Conn}
+	x.ev = s.newEvent(event.HTTP, c.source, time.Now())
+	x.refuse(limited(policy.Decision{}, http.StatusServiceUnavailable, errDraining))
+}
+
+// connState follows the connections that net/http serves.
+func (s *Server) connState(conn net.Conn, state http.ConnState) {
+	c := conn.(*clientConn)
+	switch state {
+	case http.StateActive: // bytes of a request have arrived
+		c.serving = false
+	case http.StateClosed, http.StateHijacked:
+		if c.session == nil {
+			s.httpConns.Add(-1)
+		} else if state == http.StateClosed {
+			c.session.end()
+		}
+		s.wg.Done()
+	}
+}
+
+// unreadable returns the answer to a request that net/http cannot parse, in place
+// of net/http's own, and emits the event.
+func (s *Server) unreadable(c *clientConn, theirs []byte) []byte {
+	ev := s.newEvent(event.HTTP, c.source, time.Now())
+	line, _, _ := strings.Cut(string(theirs), "\r\n")
+	r := badRequest(policy.Decision{}, errors.New(line))
+	if f := strings.Fields(line); len(f) > 1 {
+		if status, err := strconv.Atoi(f[1]); err == nil && status >= 400 {
+			r.status = status
+		}
+	}
+	if c.session != nil {
+		r.decision = c.session.tunnel.ev.Decision.Refuse(policy.ReasonBadRequest)
+		ev.Name, ev.Port = c.session.tunnel.ev.Name, c.session.tunnel.ev.Port
+	}
+	ev.Status, ev.Decision = r.status, r.decision
+	note(&ev, r.err)
+	s.observe(&ev)
+	return s.answer(r, &ev, false).append(nil, r.phrase(false))
+}
+
+// takeBack serves a CONNECT that arrived on a connection of net/http.
+func (s *Server) takeBack(c *clientConn, w http.ResponseWriter, r *http.Request) {
+	h := &head{
+		method: []byte(r.Method), target: []byte(r.RequestURI), userAgent: []byte(r.UserAgent()),
+		json: wantsJSON(r.Header.Get("Accept")),
+	}
+	start := time.Now()
+	s.wg.Add(1)
+	conn, early, err := c.hijack(w)
+	if err != nil {
+		s.wg.Done()
+		panic(http.ErrAbortHandler)
+	}
+	go s.serveTakenBack(conn, c.source, start, h, early, r.ContentLength != 0)
+}
+
+func (s *Server) serveTakenBack(conn net.Conn, source netip.AddrPort, start time.Time, h *head, early []byte, content bool) {
+	defer s.wg.Done()
+	defer s.recovered(conn)
+	defer s.leave(s.enter(conn, true))
+	if content {
+		s.refuseHead(conn, source, start, h, badHead("CONNECT with content"))
+		return
+	}
+	s.serveConnect(conn, source, start, h, early)
+}
+
+// enter registers a connection. One that Shutdown came too early to see is closed.
+func (s *Server) enter(conn net.Conn, begun bool) *pending {
+	p := &pending{conn: conn}
+	p.begun.Store(begun)
+	s.mu.Lock()
+	s.pending[p] = struct{}{}
+	s.mu.Unlock()
+	if s.draining.Load() {
+		p.closeUnused()
+	}
+	if s.life.Err() != nil {
+		conn.Close()
+	}
+	return p
+}
+
+func (s *Server) leave(p *pending) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.pending, p)
+}
+
+// eachPending calls f with every pending connection, without the lock.
+func (s *Server) eachPending(f func(*pending)) {
+	s.mu.Lock()
+	all := make([]*pending, 0, len(s.pending))
+	for p := range s.pending {
+		all = append(all, p)
+	}
+	s.mu.Unlock()
+	for _, p := range all {
+		f(p)
+	}
+}
+
+// register makes t known. A policy that changed since generation has not seen t.
+func (s *Server) register(t *tunnel, generation uint64) {
+	s.tunnels.add(t)
+	if s.life.Err() != nil {
+		t.cut()
+	}
+	if s.generation.Load() != generation {
+		t.recheck()
+	}
+}
+
+// Recheck decides every live tunnel again, and closes those that no longer pass
+// and upstream connections that are idle. Call it after every change of policy.
+// Requests under way are finished; the next one on the same connection is decided
+// anew.
+func (s *Server) Recheck() {
+	s.generation.Add(1)
+	s.tunnels.each((*tunnel).recheck)
+	s.pools.retire()
+}
+
+// Shutdown stops accepting and closes connections without a request; requests are
+// finished, and tunnels may go on for timeouts.drain or until ctx ends. What is
+// left then is cut. When it returns all is over and every event was emitted. The
+// error is ctx's, if that cut the drain short.
+func (s *Server) Shutdown(ctx context.Context) error {
+	var err error
+	s.stopping.Do(func() {
+		defer close(s.stopped)
+		err = s.shutdown(ctx)
+	})
+	<-s.stopped
+	return err
+}
+
+func (s *Server) shutdown(ctx context.Context) error {
+	s.draining.Store(true)
+	close(s.quit)
+	s.closeListeners()
+	s.eachPending((*pending).closeUnused)
+	drain, cancel := context.WithTimeout(ctx, s.cfg.Timeouts.Drain)
+	defer cancel()
+	cut := make(chan struct{})
+	stop := context.AfterFunc(drain, func() {
+		defer close(cut)
+		s.cutAll()
+	})
+	s.http.Shutdown(drain) // an error is drain's end
+	s.wg.Wait()
+	if !stop() {
+		<-cut
+	}
+	s.cut()
+	s.pools.retire()
+	return ctx.Err()
+}
+
+// cutAll ends everything that is left.
+func (s *Server) cutAll() {
+	s.cut()
+	s.eachPending(func(p *pending) { p.conn.Close() })
+	s.tunnels.each((*tunnel).cut)
+	s.http.Close()
+}
+
+// Stats returns a snapshot.
+func (s *Server) Stats() Stats {
+	n, up, down := s.tunnels.sum()
+	s.mu.Lock()
+	pending := len(s.pending)
+	s.mu.Unlock()
+	return Stats{
+		Connections: n + pending + int(s.httpConns.Load()), Tunnels: n,
+		BytesUp: up + s.httpUp.Load(), BytesDown: down + s.httpDown.Load(),
+		AcceptErrors: s.acceptErrors.Load(), Panics: s.panics.Load(),
+	}
+}
+
+// newEvent starts the record of a request.
+func (s *Server) newEvent(kind event.Kind, source netip.AddrPort, start time.Time) event.Event {
+	return event.Event{Time: start, Kind: kind, ID: s.newID(), Source: source, Listener: listener}
+}
+
+// observe ends the record.
+func (s *Server) observe(ev *event.Event) {
+	ev.Duration = time.Since(ev.Time)
+	s.cfg.Observer.Observe(ev)
+}
+
+// note adds err to what the event says for operators.
+func note(ev *event.Event, err error) {
+	switch {
+	case err == nil:
+	case ev.Error == "":
+		ev.Error = err.Error()
+	default:
+		ev.Error += "; " + err.Error()
+	}
+}
+
+// answer returns what the client of ev is told of r.
+func (s *Server) answer(r *refusal, ev *event.Event, asJSON bool) *answer {
+	return &answer{
+		refusal: r, id: ev.ID, help: s.cfg.HelpURL,
+		source: ev.Source.Addr(), name: ev.Name, port: ev.Port, asJSON: asJSON,
+	}
+}
+
+// newPrefix returns what tells this process's IDs from those of others.
+func newPrefix() string {
+	var b [5]byte
+	rand.Read(b[:])
+	return strings.ToLower(base32.HexEncoding.EncodeToString(b[:])) + "-"
+}
+
+// newID returns an ID that no other event of this process has.
+func (s *Server) newID() string {
+	b := make([]byte, 0, 24)
+	return string(strconv.AppendUint(append(b, s.idPrefix...), s.ids.Add(1), 32))
+}
+
+// recovered, deferred, ends a connection whose goroutine panicked; the others live on.
+func (s *Server) recovered(conn net.Conn) {
+	if v := recover(); v != nil {
+		s.crashed(v)
+		conn.Close()
+	}
+}
+
+// crashed records a panic.
+func (s *Server) crashed(v any) {
+	s.panics.Add(1)
+	s.cfg.Logger.Error().Str("panic", fmt.Sprint(v)).Bytes("stack", debug.Stack()).Msg("a connection was closed because of a mistake in this program; please report it")
+}

@@ -1,0 +1,91 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync"
+
+	"sallyport/policy"
+)
+
+// A session is HTTP inside a CONNECT: the client's connection is served by
+// net/http, for the authority of the CONNECT alone, and all requests go to the
+// address that was checked for it. The tunnel stands for it in the registry.
+type session struct {
+	tunnel    *tunnel
+	transport *http.Transport // shared with nobody
+	to        netip.AddrPort
+
+	mu   sync.Mutex // guards conn
+	conn net.Conn   // dialled for the CONNECT; nil once used
+}
+
+// startSession gives the connection to net/http. raw is the start of the first
+// request; its head is read as strictly as one outside a CONNECT. It takes over
+// upstream.
+func (c *connect) startSession(upstream net.Conn, raw []byte) {
+	raw, n, err := readHead(c.client, raw, c.s.cfg.Limits.HeaderBytes)
+	if err == nil {
+		_, err = parseHead(raw[:n])
+	}
+	if err != nil {
+		upstream.Close()
+		if isHeadError(err) {
+			c.refuse(badRequest(c.decision, err))
+		} else {
+			c.gone(err)
+		}
+		return
+	}
+	s := &session{tunnel: c.newTunnel(), to: c.ev.Destination, conn: upstream}
+	s.transport = c.s.newTransport(s.dial)
+	c.s.register(s.tunnel, c.generation)
+	c.s.serveByHTTP(&clientConn{
+		idleConn: idleConn{Conn: c.client, idle: c.s.cfg.Timeouts.Idle},
+		s:        c.s, source: c.ev.Source, replay: bytes.Clone(raw), session: s,
+	})
+}
+
+// isFor reports whether r is for the authority of the CONNECT.
+func (s *session) isFor(r *policy.Request) bool {
+	t := &s.tunnel.request
+	return r.Name == t.Name && r.Address == t.Address && r.Port == t.Port
+}
+
+// dial returns the connection of the CONNECT, and when that has ended, another
+// one to the same address.
+func (s *session) dial(ctx context.Context, _, _ string) (net.Conn, error) {
+	srv := s.tunnel.s
+	conn := s.take()
+	if conn == nil {
+		ctx, cancel := context.WithTimeout(ctx, srv.cfg.Timeouts.Connect)
+		defer cancel()
+		defer context.AfterFunc(srv.life, cancel)()
+		var err error
+		if conn, err = srv.dialer.Dial(ctx, []netip.AddrPort{s.to}); err != nil {
+			return nil, connectFailed(s.tunnel.ev.Decision, err)
+		}
+	}
+	return srv.newUpstreamConn(conn, trip{}), nil
+}
+
+// take returns the connection of the CONNECT, once.
+func (s *session) take() net.Conn {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	conn := s.conn
+	s.conn = nil
+	return conn
+}
+
+// end is called when the client's connection has ended.
+func (s *session) end() {
+	if conn := s.take(); conn != nil {
+		conn.Close()
+	}
+	s.transport.CloseIdleConnections()
+	s.tunnel.end("")
+}

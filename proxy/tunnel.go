@@ -1,0 +1,187 @@
+package proxy
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"sallyport/policy"
+	"sallyport/policy/event"
+	"sallyport/proxy/relay"
+)
+
+// A tunnel is a client's connection that outlives the decision about it: an
+// established CONNECT, or an upgraded HTTP connection. It is decided again when
+// the policy changes. It holds nothing of the request's parsing.
+type tunnel struct {
+	s        *Server
+	client   net.Conn
+	upstream net.Conn       // nil while net/http has the client's connection (HTTP inside a CONNECT)
+	request  policy.Request // the last one decided
+	ev       event.Event
+	up, down atomic.Int64 // bytes to the upstream, to the client
+	placed   bool         // it has a place of its own among the tunnels
+	then     func()       // called after the end, unless nil
+
+	revoked atomic.Pointer[policy.Decision] // what a later policy said
+}
+
+// start registers t and relays its bytes in a goroutine of its own, so that the
+// caller's stack, grown while the tunnel was set up, is not kept. generation is
+// the policy generation that t was decided under. t owns its connections.
+func (t *tunnel) start(generation uint64) {
+	t.s.wg.Add(1)
+	t.s.register(t, generation)
+	go t.run()
+}
+
+func (t *tunnel) run() {
+	defer t.s.wg.Done()
+	defer t.s.recovered(t.client)
+	r := relay.Relay(t.client, t.upstream, relay.Options{Idle: t.s.cfg.Timeouts.Idle, Up: &t.up, Down: &t.down})
+	t.client.Close()
+	t.upstream.Close()
+	t.end(describe(r))
+}
+
+// describe says for operators how a tunnel ended, unless it was in good order.
+func describe(r relay.Result) string {
+	switch {
+	case r.End == relay.ClientClosed, r.End == relay.UpstreamClosed:
+		return ""
+	case r.Err != nil:
+		return fmt.Sprintf("%s: %v", r.End, r.Err)
+	}
+	return r.End.String()
+}
+
+// end takes t out of the registry and emits its event.
+func (t *tunnel) end(problem string) {
+	t.s.tunnels.remove(t)
+	if d := t.revoked.Load(); d != nil {
+		t.ev.Decision = d.Refuse(policy.ReasonPolicyRevoked)
+	}
+	t.ev.BytesUp, t.ev.BytesDown = t.up.Load(), t.down.Load()
+	if t.ev.Error == "" {
+		t.ev.Error = problem
+	}
+	t.s.observe(&t.ev)
+	if t.then != nil {
+		t.then()
+	}
+}
+
+// cut ends t from any goroutine: its owner notices, closes and reports.
+func (t *tunnel) cut() {
+	t.client.Close()
+	if t.upstream != nil {
+		t.upstream.Close()
+	}
+}
+
+// recheck decides t again and cuts it if it no longer passes.
+func (t *tunnel) recheck() {
+	req := t.request
+	req.Time = time.Now()
+	if d := t.s.cfg.Decider.Decide(req); !d.Passes() && t.revoked.CompareAndSwap(nil, &d) {
+		t.cut()
+	}
+}
+
+var (
+	errTooMany           = errors.New("proxy.limits.tunnels reached")
+	errTooManyFromSource = errors.New("proxy.limits.tunnels_per_source reached")
+	errDraining          = errors.New("the proxy is stopping")
+)
+
+// tunnels counts what is being set up and keeps what is established.
+type tunnels struct {
+	limits Limits
+
+	mu       sync.Mutex // guards what follows
+	reserved int        // places taken, by tunnels and what may become one
+	bySource map[netip.Addr]int
+	live     map[*tunnel]struct{}
+	up, down int64 // bytes of tunnels that have ended
+}
+
+// reserve takes a place for a tunnel from source.
+func (ts *tunnels) reserve(source netip.Addr, d policy.Decision) *refusal {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	if ts.limits.Tunnels > 0 && ts.reserved >= ts.limits.Tunnels {
+		return limited(d, http.StatusServiceUnavailable, errTooMany)
+	}
+	if ts.limits.TunnelsPerSource > 0 {
+		if ts.bySource[source] >= ts.limits.TunnelsPerSource {
+			return limited(d, http.StatusTooManyRequests, errTooManyFromSource)
+		}
+		ts.bySource[source]++
+	}
+	ts.reserved++
+	return nil
+}
+
+func limited(d policy.Decision, status int, err error) *refusal {
+	return &refusal{decision: d.Refuse(policy.ReasonLimitExceeded), status: status, token: statusLimit, err: err}
+}
+
+// release gives the place back.
+func (ts *tunnels) release(source netip.Addr) {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	ts.reserved--
+	if ts.limits.TunnelsPerSource > 0 {
+		if ts.bySource[source]--; ts.bySource[source] == 0 {
+			delete(ts.bySource, source)
+		}
+	}
+}
+
+func (ts *tunnels) add(t *tunnel) {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	ts.live[t] = struct{}{}
+}
+
+// remove forgets t, gives its place back and keeps the sum of its bytes.
+func (ts *tunnels) remove(t *tunnel) {
+	ts.mu.Lock()
+	delete(ts.live, t)
+	ts.up += t.up.Load()
+	ts.down += t.down.Load()
+	ts.mu.Unlock()
+	if t.placed {
+		ts.release(t.request.Source)
+	}
+}
+
+// each calls f with every live tunnel, without the lock.
+func (ts *tunnels) each(f func(*tunnel)) {
+	ts.mu.Lock()
+	all := make([]*tunnel, 0, len(ts.live))
+	for t := range ts.live {
+		all = append(all, t)
+	}
+	ts.mu.Unlock()
+	for _, t := range all {
+		f(t)
+	}
+}
+
+// sum returns the number of live tunnels and the bytes of all there ever were.
+func (ts *tunnels) sum() (n int, up, down int64) {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	up, down = ts.up, ts.down
+	for t := range ts.live {
+		up += t.up.Load()
+		down += t.down.Load()
+	}
+	return len(ts.live), up, down
+}

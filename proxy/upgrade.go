@@ -1,0 +1,195 @@
+package proxy
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+)
+
+// maxInterim bounds the 1xx responses read before another one.
+const maxInterim = 5
+
+// upgradeOf returns the protocol that a request asks to change to (RFC 9110,
+// section 7.8), or "". HTTP/2 and TLS are not passed on: they would hide from us
+// what the connection carries.
+func upgradeOf(h http.Header) string {
+	asks := false
+	for _, v := range h["Connection"] {
+		for k := range strings.SplitSeq(v, ",") {
+			asks = asks || strings.EqualFold(strings.TrimSpace(k), "upgrade")
+		}
+	}
+	protocol := h.Get("Upgrade")
+	if !asks || len(h["Upgrade"]) != 1 || !isToken([]byte(strings.Replace(protocol, "/", "", 1))) {
+		return ""
+	}
+	p := strings.ToLower(protocol)
+	if p == "h2c" || p == "h2" || strings.HasPrefix(p, "tls") || strings.HasPrefix(p, "http") {
+		return ""
+	}
+	return protocol
+}
+
+// upgrade forwards a request for another protocol on a connection of its own. If
+// the far side agrees, the connections become a tunnel.
+func (ex *exchange) upgrade(r *http.Request, protocol string) {
+	generation := ex.s.generation.Load()
+	if ex.client.session == nil { // otherwise the CONNECT has a place
+		if refused := ex.s.tunnels.reserve(ex.request.Source, ex.decision); refused != nil {
+			ex.refuse(refused)
+			return
+		}
+	}
+	conn, refused := ex.dialUpgrade(r.Context())
+	if refused == nil {
+		defer context.AfterFunc(r.Context(), func() { conn.SetDeadline(longAgo) })()
+		refused = ex.negotiate(r, conn, protocol, generation)
+	}
+	if !ex.taken && ex.client.session == nil {
+		ex.s.tunnels.release(ex.request.Source)
+	}
+	if refused != nil {
+		ex.refuse(refused)
+	}
+}
+
+// dialUpgrade connects to the far side, in a session with its own connection first.
+func (ex *exchange) dialUpgrade(ctx context.Context) (net.Conn, *refusal) {
+	if t := ex.client.session; t != nil {
+		conn, err := t.dial(ctx, "", "")
+		if err != nil {
+			return nil, exchangeFailed(ex.decision, err)
+		}
+		ex.ev.Destination = t.to
+		return conn.(*upstreamConn).Conn, nil
+	}
+	conn, t, refused := ex.s.reach(ctx, ex.request, ex.admitted)
+	ex.ev.DNSTime, ex.ev.ConnTime = t.dnsTime, t.connTime
+	if refused != nil {
+		return nil, refused
+	}
+	ex.request, ex.decision = t.request, t.decision
+	ex.ev.Destination = remoteAddr(conn)
+	return conn, nil
+}
+
+// negotiate sends the request and passes the response on. It takes over conn.
+func (ex *exchange) negotiate(r *http.Request, conn net.Conn, protocol string, generation uint64) *refusal {
+	conn.SetDeadline(time.Now().Add(ex.s.cfg.Timeouts.Idle))
+	prepare(r)
+	r.Header.Set("Connection", "Upgrade")
+	r.Header.Set("Upgrade", protocol)
+	if r.ContentLength == 0 {
+		r.Body = http.NoBody
+	}
+	br := bufio.NewReader(conn)
+	resp, err := readResponse(r, conn, br)
+	if err != nil {
+		conn.Close()
+		return exchangeFailed(ex.decision, err)
+	}
+	if resp.StatusCode == http.StatusSwitchingProtocols && strings.EqualFold(resp.Header.Get("Upgrade"), protocol) {
+		return ex.switchTo(conn, br, resp, generation)
+	}
+	defer conn.Close()
+	if resp.StatusCode == http.StatusSwitchingProtocols {
+		return exchangeFailed(ex.decision, errUnaskedUpgrade)
+	}
+	ex.receive(resp)
+	defer resp.Body.Close()
+	for k, vs := range resp.Header {
+		ex.Header()[k] = vs
+	}
+	ex.WriteHeader(resp.StatusCode)
+	if _, err := ex.ReadFrom(resp.Body); err != nil && ex.broken == nil {
+		ex.broken = err
+	}
+	return nil
+}
+
+// readResponse sends r and reads the response to it, but for other 1xx ones.
+func readResponse(r *http.Request, conn net.Conn, br *bufio.Reader) (*http.Response, error) {
+	if err := r.Write(conn); err != nil {
+		return nil, err
+	}
+	for range maxInterim {
+		resp, err := http.ReadResponse(br, r)
+		if err != nil || resp.StatusCode >= 200 || resp.StatusCode == http.StatusSwitchingProtocols {
+			return resp, err
+		}
+	}
+	return nil, errors.New("malformed response: too many 1xx")
+}
+
+// switchTo answers 101 and makes a tunnel of the two connections. Not before now
+// do bytes pass that are not HTTP.
+func (ex *exchange) switchTo(conn net.Conn, br *bufio.Reader, resp *http.Response, generation uint64) *refusal {
+	upgrade := resp.Header.Get("Upgrade")
+	stripHopByHop(resp.Header)
+	resp.Header.Add("Via", via)
+	resp.Header.Set("Connection", "Upgrade")
+	resp.Header.Set("Upgrade", upgrade)
+	var b bytes.Buffer
+	fmt.Fprintf(&b, "HTTP/1.1 101 %s\r\n", http.StatusText(http.StatusSwitchingProtocols))
+	resp.Header.Write(&b)
+	b.WriteString("\r\n")
+	late, _ := br.Peek(br.Buffered())
+	b.Write(late)
+
+	client, early, err := ex.client.hijack(ex.ResponseWriter)
+	if err != nil {
+		conn.Close()
+		return exchangeFailed(ex.decision, err)
+	}
+	ex.taken = true
+	ex.ev.Status, ex.ev.Decision = http.StatusSwitchingProtocols, ex.decision
+	t := &tunnel{s: ex.s, client: client, upstream: conn, request: ex.request, ev: ex.ev, placed: true}
+	if s := ex.client.session; s != nil {
+		t.placed, t.then = false, s.end
+	}
+	t.up.Store(int64(len(early)))
+	t.down.Store(int64(len(late)))
+	limit := time.Now().Add(ex.s.cfg.Timeouts.Connect)
+	client.SetWriteDeadline(limit)
+	conn.SetDeadline(limit)
+	_, err = client.Write(b.Bytes())
+	if err == nil && len(early) > 0 {
+		_, err = conn.Write(early)
+	}
+	if err != nil { // the relay, which finds the connections closed, reports it
+		note(&t.ev, err)
+		t.cut()
+	}
+	client.SetDeadline(time.Time{})
+	conn.SetDeadline(time.Time{})
+	t.start(generation)
+	return nil
+}
+
+// hijack takes the connection back from net/http, without the wrapper, and with
+// what was read of it but not yet used.
+func (c *clientConn) hijack(w http.ResponseWriter) (conn net.Conn, early []byte, err error) {
+	h, ok := w.(http.Hijacker)
+	if !ok {
+		return nil, nil, http.ErrNotSupported
+	}
+	_, rw, err := h.Hijack()
+	if err != nil {
+		return nil, nil, fmt.Errorf("hijack: %w", err)
+	}
+	early = make([]byte, 0, minBuffer)
+	buffered, _ := rw.Peek(rw.Reader.Buffered())
+	early = append(append(early, buffered...), c.replay...)
+	c.replay = nil
+	c.Conn.SetDeadline(time.Time{})
+	return c.Conn, early, nil
+}
+
+var _ io.ReaderFrom = (*exchange)(nil)
