@@ -10,7 +10,6 @@ import (
 	"reflect"
 	"strings"
 	"testing"
-	"time"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -264,17 +263,14 @@ func hugeTexts(n int) map[string]string {
 }
 
 func TestParseDocumentIsBounded(t *testing.T) {
-	for name, text := range hugeTexts(1 << 20) {
+	// What is quadratic in the size, or worse, would run into the time-out of go test.
+	for name, text := range hugeTexts(1 << 18) {
 		t.Run(name, func(t *testing.T) {
-			start := time.Now()
 			_, err := ParseDocument("p", []byte(text))
 			if err == nil {
 				t.Fatal("no error")
 			}
 			checkErrors(t, []byte(text), err)
-			if d := time.Since(start); d > 20*time.Second { // measured: below 1 s, below 5 s with -race
-				t.Errorf("took %v", d)
-			}
 		})
 	}
 	t.Run("larger than allowed", func(t *testing.T) {
