@@ -3,6 +3,7 @@ package configs_test
 import (
 	"bytes"
 	"flag"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,23 +11,64 @@ import (
 
 	"sallyport/configs"
 	"sallyport/internal/config"
+	"sallyport/policy"
 )
 
-var update = flag.Bool("update", false, "write sallyport.schema.json")
+var update = flag.Bool("update", false, "write the schemas")
 
-func TestSettingsSchema(t *testing.T) {
-	const file = "sallyport.schema.json"
-	if *update {
-		if err := os.WriteFile(file, config.Schema(), 0o644); err != nil {
+func TestSchemas(t *testing.T) {
+	for file, want := range map[string][]byte{
+		"sallyport.schema.json": config.Schema(),
+		"policy.schema.json":    policy.Schema(),
+	} {
+		if *update {
+			if err := os.WriteFile(file, want, 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		got, err := os.ReadFile(file)
+		if err != nil {
 			t.Fatal(err)
 		}
+		if !bytes.Equal(got, want) {
+			t.Errorf("%s is not what the program prints; run go generate ./configs", file)
+		}
 	}
-	got, err := os.ReadFile(file)
+}
+
+// The starter policy opens a few names for loopback, and nothing for anyone else.
+func TestPolicies(t *testing.T) {
+	example, err := os.ReadFile("examples/enterprise-policy.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !bytes.Equal(got, config.Schema()) {
-		t.Errorf("%s is not what config.Schema returns; run go generate ./configs", file)
+	compile := func(name string, data []byte) *policy.Policy {
+		t.Helper()
+		d, err := policy.ParseDocument(name, data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, warnings, err := policy.Compile(d, policy.Options{})
+		if err != nil || len(warnings) > 0 {
+			t.Fatalf("%s: %v, warnings %v", name, err, warnings)
+		}
+		return p
+	}
+	compile("enterprise-policy.yaml", example)
+	p := compile("policy.yaml", configs.Policy)
+	for _, tt := range []struct {
+		source, name string
+		want         policy.Reason
+	}{
+		{"127.0.0.1", "www.example.com", policy.ReasonMatched},
+		{"::1", "debian.org", policy.ReasonMatched},
+		{"127.0.0.1", "evil.test", policy.ReasonNotListed},
+		{"192.0.2.1", "www.example.com", policy.ReasonUnmatchedSource},
+	} {
+		d := p.Decide(policy.Request{Source: netip.MustParseAddr(tt.source), Name: policy.MustName(tt.name), Port: 443})
+		if d.Reason != tt.want {
+			t.Errorf("%s from %s: %s, want %s", tt.name, tt.source, d.Reason, tt.want)
+		}
 	}
 }
 

@@ -4,7 +4,7 @@ package configs
 
 import _ "embed"
 
-//go:generate go test -run TestSettingsSchema -update .
+//go:generate go test -run TestSchemas -update .
 
 // Settings is sallyport.yaml: the value of every setting that nothing else sets.
 //

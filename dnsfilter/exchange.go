@@ -261,6 +261,6 @@ func answers(m, q *dns.Msg) bool {
 // cancelled. The function it returns ends that; it is false if it came too late.
 func interrupt(ctx context.Context, c net.Conn) func() bool {
 	deadline, _ := ctx.Deadline()
-	c.SetDeadline(deadline)                                                  //nolint:errcheck // fails on closed connections only, where the next call says so
-	return context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) }) //nolint:errcheck // as above
+	c.SetDeadline(deadline)                                                  // fails on closed connections only, where the next call says so
+	return context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) }) // as above
 }

@@ -46,7 +46,7 @@ func (s *Server) handle(ctx context.Context, w dns.ResponseWriter, m *dns.Msg) {
 	qu := newQuery(w, m)
 	if rcode := qu.malformed(); rcode != dns.RcodeSuccess {
 		s.counts.malformed.Add(1)
-		s.write(w, qu, &reply{rcode: rcode}) //nolint:errcheck // there is nobody to tell
+		s.write(w, qu, &reply{rcode: rcode}) // there is nobody to tell
 		return
 	}
 	start := s.cfg.Now()

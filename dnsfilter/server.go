@@ -247,7 +247,7 @@ func (s *Server) run(srv *dns.Server, ended chan<- error) {
 func (s *Server) abort() {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	s.Shutdown(ctx) //nolint:errcheck // that it did not wait is no news
+	s.Shutdown(ctx) // that it did not wait is no news
 }
 
 // Shutdown stops taking queries and waits for those under way until ctx is done;
@@ -271,7 +271,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 		s.starting.Wait() // not for long: a server that starts asks nobody
 		var stopping sync.WaitGroup
 		for _, srv := range s.bound {
-			stopping.Go(func() { srv.ShutdownContext(ctx) }) //nolint:errcheck // only that ctx ended, or the server did before
+			stopping.Go(func() { srv.ShutdownContext(ctx) }) // only that ctx ended, or the server did before
 		}
 		stopping.Wait()
 	}

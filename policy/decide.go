@@ -181,27 +181,24 @@ func (e *eval) owns(owner uint32) bool {
 	return false
 }
 
-// longPosting is the number of refs from which searching beats scanning.
-const longPosting = 16
-
-// consider judges every rule of h that counts for the source's group.
+// consider judges every rule of h that counts for the source's group: refs and
+// owners are both sorted by owner.
 func (e *eval) consider(h hit) {
 	refs := e.p.postings.sets[h.refs]
-	if len(refs) < longPosting {
-		for i := range refs {
-			if e.owns(refs[i].owner) {
-				e.judge(&refs[i], h)
+	for _, owner := range e.g.owners {
+		i, end := 0, len(refs)
+		for i < end { // the first ref of owner, or of a later one
+			mid := int(uint(i+end) / 2)
+			if refs[mid].owner < owner {
+				i = mid + 1
+			} else {
+				end = mid
 			}
 		}
-		return
-	}
-	for _, owner := range e.g.owners {
-		i, _ := slices.BinarySearchFunc(refs, owner, func(r ref, o uint32) int {
-			return int(int64(r.owner) - int64(o))
-		})
 		for ; i < len(refs) && refs[i].owner == owner; i++ {
 			e.judge(&refs[i], h)
 		}
+		refs = refs[i:]
 	}
 }
 

@@ -108,6 +108,7 @@ type nameIndex struct {
 	slots []slot
 	used  int
 	arena []byte
+	depth [2]uint64         // bit n: some fixed part has n labels; others need no probe
 	root  uint32            // offset of the record of the root, or 0
 	globs map[uint32][]glob // by offset of the record of the fixed part
 }
@@ -216,6 +217,9 @@ func (x *nameIndex) insert(name string) (uint32, error) {
 	x.arena = append(x.arena, name...)
 	if name == "" {
 		x.root = off
+	} else {
+		n := strings.Count(name, ".") + 1
+		x.depth[n/64] |= 1 << (n % 64)
 	}
 	x.place(slot{uint32(h >> 32), off})
 	x.used++
@@ -303,11 +307,13 @@ func (x *nameIndex) match(name string, e *eval) {
 		x.visit(name, len(name), x.root, e)
 	}
 	h := x.seed
-	for end := len(name); end > 0; {
+	for end, n := len(name), 1; end > 0; n++ {
 		i := strings.LastIndexByte(name[:end], '.') + 1
 		h = extend(h, name[i:end])
-		if off := x.find(name[i:], h); off != 0 {
-			x.visit(name, i, off, e)
+		if x.depth[n/64]>>(n%64)&1 != 0 {
+			if off := x.find(name[i:], h); off != 0 {
+				x.visit(name, i, off, e)
+			}
 		}
 		end = i - 1
 	}

@@ -89,6 +89,7 @@ type status struct {
 func (s *status) loaded(revision string, at time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	at = at.UTC()
 	s.policy = admin.Policy{Revision: revision, LoadedAt: at, LastReload: admin.Reload{OK: true, At: at}}
 }
 
@@ -96,6 +97,7 @@ func (s *status) loaded(revision string, at time.Time) {
 func (s *status) reloaded(revision string, err error, at time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	at = at.UTC()
 	if revision != s.policy.Revision {
 		s.policy.Revision, s.policy.LoadedAt = revision, at
 	}
@@ -123,12 +125,14 @@ const upstreamPatience = 2 * time.Second
 // readiness answers /readyz.
 func (g *gate) readiness(ctx context.Context) admin.Status {
 	g.status.mu.Lock()
-	st := admin.Status{
-		Draining:  g.status.draining,
-		Policy:    g.status.policy,
-		Listeners: map[string]bool{"proxy": g.status.up && !g.status.draining, "dns": g.status.up && !g.status.draining},
-	}
+	st := admin.Status{Draining: g.status.draining, Policy: g.status.policy, Listeners: map[string]bool{}}
+	listening := g.status.up && !g.status.draining
 	g.status.mu.Unlock()
+	for name, addrs := range map[string][]string{"proxy": g.settings.Proxy.Listen, "dns": g.settings.DNS.Listen} {
+		if len(addrs) > 0 {
+			st.Listeners[name] = listening
+		}
+	}
 	ctx, cancel := context.WithTimeout(ctx, upstreamPatience)
 	defer cancel()
 	st.Upstream.OK = true

@@ -60,10 +60,10 @@ func (s *Status) Ready() bool {
 
 // Bounds of one request; what is served is small.
 const (
-	headerTimeout = 5 * time.Second
-	writeTimeout  = 30 * time.Second
-	idleTimeout   = 2 * time.Minute
-	maxHeader     = 8 << 10 // bytes
+	readTimeout  = 5 * time.Second
+	writeTimeout = 30 * time.Second
+	idleTimeout  = 2 * time.Minute
+	maxHeader    = 8 << 10 // bytes
 )
 
 // A Server is the admin server. Listen, then Serve.
@@ -81,11 +81,11 @@ func New(c Config) *Server {
 	mux.Handle("GET /metrics", c.Metrics)
 	mux.HandleFunc("GET /{$}", writeIndex)
 	return &Server{listen: c.Listen, http: &http.Server{
-		Handler:           protect(mux),
-		ReadHeaderTimeout: headerTimeout,
-		WriteTimeout:      writeTimeout,
-		IdleTimeout:       idleTimeout,
-		MaxHeaderBytes:    maxHeader,
+		Handler:        protect(mux),
+		ReadTimeout:    readTimeout,
+		WriteTimeout:   writeTimeout,
+		IdleTimeout:    idleTimeout,
+		MaxHeaderBytes: maxHeader,
 	}}
 }
 

@@ -12,7 +12,6 @@ import (
 	"strings"
 
 	"github.com/go-viper/mapstructure/v2"
-	"github.com/spf13/pflag"
 	"github.com/spf13/viper"
 
 	"sallyport/policy"
@@ -257,47 +256,5 @@ func (r *Record) check() error {
 			return errors.New("a TXT value has at most 255 bytes; write a shorter one")
 		}
 	}
-	return nil
-}
-
-// Flags are the command-line flags of every command that reads settings. The
-// values are to be handed to Load.
-type Flags struct {
-	File      string     // --config
-	Overrides []Override // --policy, --log-level and --set, in the order typed
-}
-
-// Register adds the flags to fs.
-func (f *Flags) Register(fs *pflag.FlagSet) {
-	fs.StringVar(&f.File, "config", "", "settings `file` (sallyport.yaml); without one the embedded settings serve loopback")
-	fs.Var(&overrideValue{flags: f, flag: "--policy", path: "policy.source"}, "policy", "policy `file` (policy.source)")
-	fs.Var(&overrideValue{flags: f, flag: "--log-level", path: "log.level"}, "log-level", "least important message to write: debug, info, warn or error (`level`)")
-	fs.Var(&overrideValue{flags: f, flag: "--set"}, "set", "any other setting, as `key=value`, such as proxy.listen=127.0.0.1:3128; may be repeated")
-}
-
-// overrideValue is a pflag.Value that remembers what was typed, in order.
-type overrideValue struct {
-	flags      *Flags
-	flag, path string // path "": the value is path=value
-	last       string
-}
-
-// String returns the last value set.
-func (v *overrideValue) String() string { return v.last }
-
-// Type is what usage texts call the value.
-func (v *overrideValue) Type() string { return "string" }
-
-// Set remembers s.
-func (v *overrideValue) Set(s string) error {
-	path, value := v.path, s
-	if path == "" {
-		var ok bool
-		if path, value, ok = strings.Cut(s, "="); !ok {
-			return errors.New("write key=value, such as proxy.listen=127.0.0.1:3128")
-		}
-	}
-	v.last = s
-	v.flags.Overrides = append(v.flags.Overrides, Override{Flag: v.flag, Path: path, Value: value})
 	return nil
 }

@@ -12,8 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/spf13/pflag"
-
 	"sallyport/policy"
 )
 
@@ -329,26 +327,6 @@ func TestRestartOnly(t *testing.T) {
 	}
 	if got := a.RestartOnly(a); got != nil {
 		t.Errorf("RestartOnly of the same settings = %q", got)
-	}
-}
-
-func TestFlags(t *testing.T) {
-	var f Flags
-	fs := pflag.NewFlagSet("run", pflag.ContinueOnError)
-	f.Register(fs)
-	args := []string{"--config", "s.yaml", "--set", "proxy.listen=:1,:2", "--policy", "p.yaml", "--set", "node=a=b", "--log-level=warn"}
-	if err := fs.Parse(args); err != nil {
-		t.Fatal(err)
-	}
-	want := []Override{
-		{"--set", "proxy.listen", ":1,:2"}, {"--policy", "policy.source", "p.yaml"},
-		{"--set", "node", "a=b"}, {"--log-level", "log.level", "warn"},
-	}
-	if f.File != "s.yaml" || !slices.Equal(f.Overrides, want) {
-		t.Errorf("flags = %+v", f)
-	}
-	if err := fs.Parse([]string{"--set", "node"}); err == nil {
-		t.Error("--set without = was accepted")
 	}
 }
 
