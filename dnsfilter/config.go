@@ -182,7 +182,7 @@ func (c Config) check() error {
 		errs = append(errs, fmt.Errorf("dns.cnames: %q is none of trust, inspect", c.CNAMEs))
 	}
 	if c.MaxUDPSize < minUDPSize || c.MaxUDPSize > maxEDNSSize {
-		errs = append(errs, fmt.Errorf("dns.max_udp_size: %d is not between %d and %d bytes", c.MaxUDPSize, minUDPSize, maxEDNSSize))
+		errs = append(errs, fmt.Errorf("dns.edns_size: %d is not between %d and %d bytes", c.MaxUDPSize, minUDPSize, maxEDNSSize))
 	}
 	return errors.Join(append(errs, c.Cache.check())...)
 }

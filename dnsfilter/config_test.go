@@ -36,7 +36,7 @@ func TestNewReportsEveryMistake(t *testing.T) {
 		`dns.listen[0]: "localhost:53"`, "dns.listen[2]:", "dns.listen[3]:",
 		"dns.upstreams[0]: \"127.0.0.1:1053\" is this resolver itself", `dns.upstreams[1]: "dns.test"`, `dns.upstreams[2]: ""`,
 		"dns.zones[0].zone:", "dns.zones[1].upstreams:", "dns.zones[2].zone:", "dns.zones[2].upstreams[0]:",
-		`dns.deny: "drop"`, `dns.https_records: "strip"`, `dns.cnames: "follow"`, "dns.max_udp_size: 100",
+		`dns.deny: "drop"`, `dns.https_records: "strip"`, `dns.cnames: "follow"`, "dns.edns_size: 100",
 		"dns.cache.size: -1", "dns.cache.min_ttl: 1h0m0s is above", "dns.cache.serve_stale:",
 		"dns.records[0]: name:", "dns.records[1]: value:", "dns.records[2]: type:", "dns.records[3]: value:", "dns.records[4]: value:",
 		"dns.records[5]: value:", "dns.records[6]: ttl:", "dns.records[8]: b.test has a CNAME",

@@ -78,9 +78,6 @@ func (s *Server) Listen() error {
 		s.unbind()
 		return err
 	}
-	for _, a := range s.addrs {
-		s.cfg.Logger.Info().Str("listener", "dns").Stringer("addr", a).Msg("listening")
-	}
 	return nil
 }
 

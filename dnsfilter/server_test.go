@@ -370,8 +370,8 @@ func TestT56UpstreamFailureIsServfail(t *testing.T) {
 		{"silence", func(dns.ResponseWriter, *dns.Msg, *dns.Msg) {}, dns.ExtendedErrorCodeNoReachableAuthority},
 		{"SERVFAIL", func(w dns.ResponseWriter, q, m *dns.Msg) { w.WriteMsg(m.SetRcode(q, dns.RcodeServerFailure)) }, dns.ExtendedErrorCodeNoReachableAuthority},
 		{"REFUSED", func(w dns.ResponseWriter, q, m *dns.Msg) { w.WriteMsg(m.SetRcode(q, dns.RcodeRefused)) }, dns.ExtendedErrorCodeNoReachableAuthority},
-		{"its own word", func(w dns.ResponseWriter, q, m *dns.Msg) {
-			m = new(dns.Msg).SetRcode(q, dns.RcodeServerFailure).SetEdns0(1232, false)
+		{"its own word", func(w dns.ResponseWriter, q, _ *dns.Msg) {
+			m := new(dns.Msg).SetRcode(q, dns.RcodeServerFailure).SetEdns0(1232, false)
 			m.IsEdns0().Option = []dns.EDNS0{&dns.EDNS0_EDE{InfoCode: dns.ExtendedErrorCodeDNSBogus, ExtraText: "not passed on"}}
 			w.WriteMsg(m)
 		}, dns.ExtendedErrorCodeDNSBogus},
