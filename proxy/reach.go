@@ -82,9 +82,9 @@ func (s *Server) check(t *trip, addrs []netip.Addr) *refusal {
 	return first
 }
 
-// isSelf reports whether a connection to a would come back to this proxy.
+// isSelf reports whether a connection to a would come back to this process.
 func (s *Server) isSelf(a netip.AddrPort) bool {
-	return slices.ContainsFunc(s.addrs, func(l netip.AddrPort) bool {
+	return slices.ContainsFunc(s.own, func(l netip.AddrPort) bool {
 		if l.Port() != a.Port() {
 			return false
 		}

@@ -104,6 +104,7 @@ type Server struct {
 
 	listeners []net.Listener
 	addrs     []netip.AddrPort // of listeners
+	own       []netip.AddrPort // of this process: no request may reach them
 
 	life       context.Context // of connections; ends when they are cut
 	cut        context.CancelFunc
@@ -206,8 +207,13 @@ func (s *Server) Listen() error {
 		s.listeners = append(s.listeners, l)
 		s.addrs = append(s.addrs, addrPort(l.Addr()))
 	}
+	s.Guard(s.addrs...)
 	return nil
 }
+
+// Guard keeps requests away from addrs, further listeners of this process, whatever
+// the policy says. Call it before Serve.
+func (s *Server) Guard(addrs ...netip.AddrPort) { s.own = append(s.own, addrs...) }
 
 func (s *Server) closeListeners() {
 	for _, l := range s.listeners {

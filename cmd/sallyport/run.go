@@ -177,6 +177,8 @@ func (g *gate) serve(ctx context.Context, hints io.Writer) error {
 			return failure(err)
 		}
 	}
+	g.proxy.Guard(g.dns.Addrs()...)
+	g.proxy.Guard(g.admin.Addrs()...)
 	g.announce(hints)
 
 	servers, stopServers := context.WithCancel(context.WithoutCancel(ctx))
