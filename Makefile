@@ -10,7 +10,7 @@ OUT = bin/sallyport
 LINT = go tool -modfile=.ci/tools.mod golangci-lint
 
 .POSIX:
-.PHONY: help build test lint fuzz bench e2e tools
+.PHONY: help build test lint fuzz bench e2e generate tools
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9]*\):.*## \(.*\)/  \1	\2/p' Makefile | expand -t 12
@@ -41,6 +41,9 @@ bench: ## benchmarks with allocations, in the format benchstat reads
 
 e2e: tools ## only the end-to-end tests: real curl and dig against the built binary
 	go test -race -count 1 -v ./test/e2e
+
+generate: ## JSON Schemas in configs/, from the Go types
+	go generate $(PKG)
 
 # The race detector needs a C compiler, the end-to-end tests real clients. On
 # Debian and its relatives what is missing is installed if we may; elsewhere the

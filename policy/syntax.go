@@ -18,7 +18,7 @@ const (
 	MaxDocument = 64 << 20
 	// maxItems bounds the list items, keys and lines of a policy, and so the memory
 	// that its YAML takes: some 160 bytes for each value.
-	maxItems = 2 << 20
+	maxItems = 1 << 20
 	// maxDepth bounds how deep values may nest.
 	maxDepth = 32
 )
@@ -70,14 +70,14 @@ func parseYAML(data []byte) (n *yaml.Node, err error) {
 	}()
 	dec := yaml.NewDecoder(bytes.NewReader(data))
 	var first, second yaml.Node
-	if err := dec.Decode(&first); err == io.EOF {
+	if err := dec.Decode(&first); errors.Is(err, io.EOF) {
 		return nil, nil
 	} else if err != nil {
 		return nil, err
 	}
 	if err := dec.Decode(&second); err == nil {
 		return nil, errSecond{second.Line}
-	} else if err != io.EOF {
+	} else if !errors.Is(err, io.EOF) {
 		return nil, err
 	}
 	return first.Content[0], nil

@@ -310,14 +310,32 @@ func TestExamplesAreGood(t *testing.T) {
 	})
 }
 
-// TestDependenciesAreDocumented wants a line for each module that is required directly, with its version.
+// TestDependenciesAreDocumented wants a line, with the version, for each module
+// that a package or test of ours imports, and no other lines.
 func TestDependenciesAreDocumented(t *testing.T) {
-	page := readDoc(t, "docs/dependencies.md")
-	require := regexp.MustCompile(`(?m)^(?:require )?\s*(\S+\.\S+/\S+|go\.\S+/\S+) (v\S+)$`) // without "// indirect"
-	for _, m := range require.FindAllStringSubmatch(readDoc(t, "go.mod"), -1) {
-		if !strings.Contains(page, fmt.Sprintf("| %s | %s ", m[1], m[2])) {
-			t.Errorf("docs/dependencies.md has no line for %s %s: what it does, what we would use instead, where it lives", m[1], m[2])
+	versions := map[string]string{}
+	for _, m := range regexp.MustCompile(`(?m)^\t(\S+) (v\S+)`).FindAllStringSubmatch(readDoc(t, "go.mod"), -1) {
+		versions[m[1]] = m[2]
+	}
+	want := map[string]bool{} // "module | version"
+	for _, p := range listPackages(t) {
+		for _, imp := range slices.Concat(p.Imports, p.TestImports, p.XTestImports) {
+			for module, version := range versions {
+				if within(imp, module) {
+					want[module+" | "+version] = true
+				}
+			}
 		}
+	}
+	page := readDoc(t, "docs/dependencies.md")
+	for _, row := range regexp.MustCompile(`(?m)^\| (\S+\.\S+/\S+ \| v\S+)`).FindAllStringSubmatch(page, -1) {
+		if !want[row[1]] {
+			t.Errorf("docs/dependencies.md has %q, which nothing imports in that version", row[1])
+		}
+		delete(want, row[1])
+	}
+	for missing := range want {
+		t.Errorf("docs/dependencies.md has no line %q: what it does, what we would use instead, where it lives", missing)
 	}
 }
 

@@ -19,7 +19,7 @@ import (
 
 // Exit statuses.
 const (
-	exitFailure = 1 // it did not work; for explain: denied
+	exitFailure = 1 // it did not work; for explain: denied; for test: failed; for diff: different
 	exitUsage   = 2 // bad configuration, policy or command line
 )
 
@@ -43,8 +43,11 @@ func usageError(err error) error { return &exitError{exitUsage, err} }
 func main() { os.Exit(run()) }
 
 func run() int {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
+	go stopOnSignal(signals, stop)
 	err := newRoot().ExecuteContext(ctx)
 	if err == nil {
 		return 0
@@ -58,6 +61,15 @@ func run() int {
 		fmt.Fprintln(os.Stderr, text)
 	}
 	return code
+}
+
+// stopOnSignal stops what runs at the first signal and ends the process at the
+// second. It lives as long as the process.
+func stopOnSignal(signals <-chan os.Signal, stop context.CancelFunc) {
+	<-signals
+	stop()
+	<-signals
+	os.Exit(exitFailure)
 }
 
 func newRoot() *cobra.Command {
@@ -78,7 +90,7 @@ func newRoot() *cobra.Command {
 	flags.StringVar(&o.policy, "policy", "", "policy file (policy.yaml); as --set policy.source=FILE")
 	flags.StringVar(&o.level, "log-level", "", "debug, info, warn or error; as --set log.level=LEVEL")
 	flags.StringArrayVar(&o.set, "set", nil, "any setting, such as --set proxy.listen=:3128 (repeatable)")
-	root.AddCommand(newRun(&o), newCheck(&o), newExplain(&o), newSchema(), newVersion())
+	root.AddCommand(newRun(&o), newCheck(&o), newExplain(&o), newTest(&o), newDiff(), newSchema(), newVersion())
 	return root
 }
 

@@ -546,6 +546,18 @@ func TestDrain(t *testing.T) {
 	g.line(0, map[string]any{"event": "connect", "name": "echo.ok.test", "verdict": "allow"})
 }
 
+func TestSecondSignalStopsAtOnce(t *testing.T) {
+	w := newWorld(t)
+	g := start(t, w, policyText(w, ""))
+	echoTunnel(t, g, w, "echo.ok.test")
+	g.signal(syscall.SIGTERM)
+	g.line(0, map[string]any{"message": "draining"})
+	g.signal(syscall.SIGTERM)
+	if code := g.wait(); code != 1 {
+		t.Errorf("exit status %d", code)
+	}
+}
+
 func TestStartFailures(t *testing.T) {
 	w := newWorld(t)
 	l := listen(t, "127.0.0.1:0")

@@ -197,6 +197,14 @@ func watchFile(t *testing.T, path string, set func(*Provider)) *watched {
 	if set != nil {
 		set(w.Provider)
 	}
+	started, newWatcher := make(chan struct{}, 1), w.system.newWatcher
+	w.system.newWatcher = func() (*fsnotify.Watcher, error) {
+		select {
+		case started <- struct{}{}:
+		default:
+		}
+		return newWatcher()
+	}
 	w.Load()
 	ctx, cancel := context.WithCancel(context.Background())
 	var done sync.WaitGroup
@@ -206,6 +214,7 @@ func watchFile(t *testing.T, path string, set func(*Provider)) *watched {
 		}
 	})
 	t.Cleanup(func() { cancel(); done.Wait() })
+	<-started
 	return w
 }
 
