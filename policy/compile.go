@@ -76,6 +76,7 @@ type compiler struct {
 	uses     []listUse // per list: what refers to it
 	ruleIDs  map[ruleKey]string
 	prefixes []addressRef
+	review   reviewer
 	sum      hash.Hash
 }
 
@@ -108,13 +109,14 @@ func (c *compiler) failAt(pos Pos, path string, err error) {
 	}
 }
 
-func (c *compiler) warn(path, format string, args ...any) {
-	c.warnAt(c.doc.pos(path), path, fmt.Errorf(format, args...))
+// report adds a warning.
+func (c *compiler) report(kind, path, format string, args ...any) {
+	c.reportAt(c.doc.pos(path), kind, path, format, args...)
 }
 
-func (c *compiler) warnAt(pos Pos, path string, err error) {
+func (c *compiler) reportAt(pos Pos, kind, path, format string, args ...any) {
 	if len(c.warnings) < maxErrors {
-		c.warnings = append(c.warnings, &Error{pos, path, err})
+		c.warnings = append(c.warnings, &Error{pos, path, &Finding{kind, fmt.Sprintf(format, args...)}})
 	}
 }
 
@@ -144,6 +146,9 @@ func (c *compiler) compile() {
 		c.list(i)
 	}
 	c.indexAddresses()
+	if len(c.errs) == 0 {
+		c.lint()
+	}
 	c.p.names.seal()
 	c.p.postings.seal()
 	c.p.revision = hex.EncodeToString(c.sum.Sum(nil))[:12]
@@ -216,7 +221,7 @@ func (c *compiler) groupHead(i int) {
 		} else if t, ok := c.date(path+".observe_until", g.ObserveUntil); ok {
 			out.observeUntil = t
 			if !c.o.Now.IsZero() && !c.o.Now.Before(t) {
-				c.warn(path+".observe_until", "group %q has enforced since %s; write mode: enforce", g.Name, g.ObserveUntil)
+				c.report(findObserved, path+".observe_until", "group %q has enforced since %s; write mode: enforce", g.Name, g.ObserveUntil)
 			}
 		}
 	default:
@@ -315,7 +320,7 @@ func (c *compiler) ancestors() {
 	}
 	for i, g := range c.doc.Groups {
 		if len(g.Sources) == 0 && !extended[g.Name] && c.doc.UnmatchedSource != g.Name {
-			c.warn(fmt.Sprintf("groups[%d].name", i), "group %q has no sources and no group extends it: its rules never apply", clip(g.Name))
+			c.report(findUnreachable, fmt.Sprintf("groups[%d].name", i), "group %q has no sources and no group extends it: its rules never apply", clip(g.Name))
 		}
 	}
 }
@@ -351,6 +356,7 @@ func (c *compiler) unmatchedSource() {
 
 // rules compiles the deny or allow section at path.
 func (c *compiler) rules(path string, rules []Rule, owner uint32, deny bool, inherited *TLSRule) {
+	c.review.sections = append(c.review.sections, section{path, rules, owner, len(c.p.rules)})
 	ids := sectionIDs(rules)
 	bare := -1 // the one rule that stands for all bare strings of the section
 	for i := range rules {
@@ -442,7 +448,7 @@ func (c *compiler) rule(path string, r *Rule, id string, owner uint32, deny bool
 		if t, ok := c.date(path+".expires", r.Expires); ok {
 			out.expires = t
 			if !c.o.Now.IsZero() && !c.o.Now.Before(t) {
-				c.warn(path+".expires", "rule %q expired on %s; remove it or move the date", out.id, r.Expires)
+				c.report(findExpired, path+".expires", "rule %q expired on %s; remove it or move the date", out.id, r.Expires)
 			}
 		}
 	}
@@ -705,8 +711,8 @@ func (c *compiler) judgeSuffix(pos Pos, path string, pat pattern) {
 	case suffixRegistry:
 		c.failAt(pos, path, registryError(pat))
 	case suffixRental:
-		c.warnAt(pos, path, fmt.Errorf("anybody can rent a name below %q (public suffix list, private section); list the names you need instead of %q",
-			pat.base, pat.text()))
+		c.reportAt(pos, findRented, path, "anybody can rent a name below %q (public suffix list, private section); list the names you need instead of %q",
+			pat.base, pat.text())
 	}
 }
 
@@ -790,7 +796,7 @@ func (c *compiler) list(i int) {
 	case len(l.Names) == 0 && l.File == "":
 		c.fail(path, "list %q is empty; add names: [.example.com] or file: list.txt", clip(l.Name))
 	case len(u.refs) == 0:
-		c.warn(path+".name", "no rule uses the list %q", clip(l.Name))
+		c.report(findUnused, path+".name", "no rule uses the list %q", clip(l.Name))
 	}
 	for j, s := range l.Names {
 		at := path + ".names[" + strconv.Itoa(j) + "]"
@@ -802,12 +808,12 @@ func (c *compiler) list(i int) {
 		}
 	}
 	if l.File != "" {
-		c.listFile(path+".file", l.File, u, refs)
+		c.listFile(i, path+".file", l.File, u, refs)
 	}
 }
 
 // listFile reads the patterns of one list file.
-func (c *compiler) listFile(path, name string, u *listUse, refs posting) {
+func (c *compiler) listFile(i int, path, name string, u *listUse, refs posting) {
 	if c.o.Open == nil {
 		c.fail(path, "list files cannot be read here; write the names into the policy")
 		return
@@ -834,6 +840,7 @@ func (c *compiler) listFile(path, name string, u *listUse, refs posting) {
 		}
 		found++
 		c.add(path, pat, refs)
+		c.noteListed(i, pos, pat)
 	})
 	var at *listError
 	switch {
@@ -842,7 +849,7 @@ func (c *compiler) listFile(path, name string, u *listUse, refs posting) {
 	case err != nil:
 		c.fail(path, "read list file %q: %w", name, err)
 	case found == 0 && len(c.errs) == 0:
-		c.warn(path, "list file %q holds no pattern", name)
+		c.report(findUnused, path, "list file %q holds no pattern", name)
 	}
 }
 

@@ -154,6 +154,8 @@ var alsoWritten = map[string]struct {
 	"Rule.expires":        {"a date", []string{"!!timestamp"}},
 	"Group.observe_until": {"a date", []string{"!!timestamp"}},
 	"TLSRule.min_version": {"a version", []string{"!!float", "!!int"}},
+	"Assertions.at":       {"a date", []string{"!!timestamp"}},
+	"Assertion.at":        {"a date", []string{"!!timestamp"}},
 }
 
 // value decodes n into v. doc is the key's entry in keyDocs, "" for the document itself.
@@ -224,7 +226,7 @@ func (d *decoder) sequence(n *yaml.Node, v reflect.Value, at *place, doc string)
 }
 
 func (d *decoder) mapping(n *yaml.Node, v reflect.Value, at *place, doc string) {
-	s := shapes[v.Type()]
+	s := shapeOf(v.Type())
 	if n.Kind != yaml.MappingNode {
 		d.fail(n, at, "want keys and values, not %s; write %s", describe(n), such(doc))
 		return
@@ -330,7 +332,7 @@ func such(doc string) string {
 	if key == "" {
 		return "version: 1 and what follows it"
 	}
-	return key + ": " + keyDocs[doc].example
+	return key + ": " + exampleOf(doc)
 }
 
 // unknownKey reports key with the best guess at what was meant.

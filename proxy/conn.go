@@ -10,8 +10,14 @@ import (
 // longAgo is a deadline that has passed.
 var longAgo = time.Unix(1, 0)
 
-// touchEvery is how often, at most, activity moves an idleConn's deadlines.
-const touchEvery = time.Second
+const (
+	// touchEvery is how often, at most, activity moves an idleConn's deadlines.
+	touchEvery = time.Second
+
+	// idleGrace is how much longer a client's connection may be idle than the far
+	// side's, so that a client hears of a far side that fell silent.
+	idleGrace = 5 * time.Second
+)
 
 // An idleConn is a connection under net/http, for which idle time counts both
 // directions: a byte either way gives both reads and writes another idle period.
@@ -34,6 +40,15 @@ func (c *idleConn) SetReadDeadline(t time.Time) error {
 		t = time.Now().Add(c.idle)
 	}
 	return c.Conn.SetReadDeadline(t)
+}
+
+// SetWriteDeadline is how net/http lifts deadlines between requests; the idle
+// time stays.
+func (c *idleConn) SetWriteDeadline(t time.Time) error {
+	if t.IsZero() {
+		t = time.Now().Add(c.idle)
+	}
+	return c.Conn.SetWriteDeadline(t)
 }
 
 // touch records activity.

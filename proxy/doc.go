@@ -3,7 +3,7 @@
 //
 // One CONNECT, in this order:
 //
-//	request head      read strictly, under a deadline and a size bound (front.go)
+//	request head      read strictly, under a deadline and a size bound (front.go, head.go)
 //	target            parsed; Decide on name and port, before any DNS query
 //	limits, loop      a place among the tunnels; never back to this proxy
 //	addresses         resolved once; Decide on each (reach.go)
@@ -23,6 +23,7 @@
 // was read strictly; heads that follow on the same connection are read by
 // net/http, which is more lenient (bare LF, obs-fold, both lengths), but
 // everything it accepts is written anew to the far side in one unambiguous form.
+// Interim (1xx) responses of the far side are not passed on.
 //
 // # What is not protected against
 //

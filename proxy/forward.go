@@ -52,6 +52,8 @@ type exchange struct {
 	admitted policy.Decision // the answer; the same
 	decision policy.Decision // the last one
 
+	generation uint64 // of the policy that admitted is from, or an older one
+
 	up, down atomic.Int64 // bytes of the bodies
 	written  int64        // of the response's body, to the client
 	length   int64        // of the response's body as announced; -1: unknown
@@ -133,7 +135,7 @@ func (s *Server) newExchange(c *clientConn, w http.ResponseWriter, r *http.Reque
 // connection is closed in the middle of it.
 func (ex *exchange) finish(r *http.Request) {
 	crash := recover()
-	if crash != nil && crash != http.ErrAbortHandler {
+	if err, _ := crash.(error); crash != nil && !errors.Is(err, http.ErrAbortHandler) {
 		ex.s.crashed(crash)
 	}
 	if !ex.taken {
@@ -151,7 +153,11 @@ func (ex *exchange) finish(r *http.Request) {
 // admit finds out what is asked for and decides on it; it makes r's target the
 // canonical one.
 func (ex *exchange) admit(r *http.Request) *refusal {
-	if r.URL.Host == "" && ex.client.session == nil || r.Method == http.MethodConnect {
+	session := ex.client.session
+	if session != nil {
+		ex.decision = session.tunnel.ev.Decision
+	}
+	if r.URL.Host == "" && session == nil || r.Method == http.MethodConnect {
 		return ex.malformed(errors.New("the request target is not an absolute URI"))
 	}
 	if r.URL.Host != "" && (r.URL.Scheme != "http" || r.URL.User != nil) {
@@ -175,13 +181,13 @@ func (ex *exchange) admit(r *http.Request) *refusal {
 		Source: ex.ev.Source.Addr(), Name: name, Address: addr, Port: port,
 		Protocol: policy.ProtocolHTTP, Time: ex.ev.Time,
 	}
-	if t := ex.client.session; t != nil {
-		ex.decision = t.tunnel.ev.Decision
-		if !t.isFor(&ex.request) {
+	if session != nil {
+		if !session.isFor(&ex.request) {
 			return ex.mismatch()
 		}
-		ex.request.Destination = t.tunnel.request.Destination
+		ex.request.Destination = session.tunnel.request.Destination
 	}
+	ex.generation = ex.s.generation.Load()
 	ex.admitted = ex.s.cfg.Decider.Decide(ex.request)
 	if ex.decision = ex.admitted; !ex.decision.Passes() {
 		return denied(ex.decision)
@@ -242,6 +248,9 @@ func (ex *exchange) forward(r *http.Request) {
 		out.Body = http.NoBody
 	} else {
 		out.Body = &countingBody{ReadCloser: r.Body, n: &ex.up, more: ex.totalUp()}
+		// Otherwise net/http takes in the rest of the body before it sends a byte of
+		// the response. An error means an HTTP version that never did.
+		http.NewResponseController(ex.ResponseWriter).EnableFullDuplex()
 	}
 	ex.s.goproxy.ServeHTTP(ex, out)
 }
@@ -320,8 +329,9 @@ func (ex *exchange) receive(resp *http.Response) {
 
 // failed returns the answer for an error of the far side.
 func (ex *exchange) failed(r *http.Request, err error) *http.Response {
-	if r.Context().Err() != nil { // nobody reads an answer
+	if r.Context().Err() != nil { // nobody reads an answer, and the far side has not failed
 		ex.broken = errClientLeft
+		panic(http.ErrAbortHandler)
 	}
 	refused := exchangeFailed(ex.decision, err)
 	ex.decision = refused.decision
@@ -369,6 +379,8 @@ func (ex *exchange) WriteHeader(status int) {
 	ex.ev.Status = status
 	ex.ResponseWriter.WriteHeader(status)
 }
+
+var _ io.ReaderFrom = (*exchange)(nil) // io.Copy looks for it
 
 // ReadFrom copies a response's body to the client. Each piece is sent on as it
 // comes; the last one of a known length is left to net/http, which sends it at

@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 	"unicode"
+	"unicode/utf8"
 
 	"sallyport/policy"
 )
@@ -269,7 +270,7 @@ var explanations = map[policy.Reason]string{
 // page, cut to maxShown bytes.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) || strings.ContainsRune("<>&\"'`", r) {
+		if !unicode.IsPrint(r) || r == utf8.RuneError || strings.ContainsRune("<>&\"'`", r) {
 			return '?'
 		}
 		return r

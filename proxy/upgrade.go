@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"strings"
@@ -40,7 +39,6 @@ func upgradeOf(h http.Header) string {
 // upgrade forwards a request for another protocol on a connection of its own. If
 // the far side agrees, the connections become a tunnel.
 func (ex *exchange) upgrade(r *http.Request, protocol string) {
-	generation := ex.s.generation.Load()
 	if ex.client.session == nil { // otherwise the CONNECT has a place
 		if refused := ex.s.tunnels.reserve(ex.request.Source, ex.decision); refused != nil {
 			ex.refuse(refused)
@@ -50,7 +48,7 @@ func (ex *exchange) upgrade(r *http.Request, protocol string) {
 	conn, refused := ex.dialUpgrade(r.Context())
 	if refused == nil {
 		defer context.AfterFunc(r.Context(), func() { conn.SetDeadline(longAgo) })()
-		refused = ex.negotiate(r, conn, protocol, generation)
+		refused = ex.negotiate(r, conn, protocol)
 	}
 	if !ex.taken && ex.client.session == nil {
 		ex.s.tunnels.release(ex.request.Source)
@@ -81,7 +79,7 @@ func (ex *exchange) dialUpgrade(ctx context.Context) (net.Conn, *refusal) {
 }
 
 // negotiate sends the request and passes the response on. It takes over conn.
-func (ex *exchange) negotiate(r *http.Request, conn net.Conn, protocol string, generation uint64) *refusal {
+func (ex *exchange) negotiate(r *http.Request, conn net.Conn, protocol string) *refusal {
 	conn.SetDeadline(time.Now().Add(ex.s.cfg.Timeouts.Idle))
 	prepare(r)
 	r.Header.Set("Connection", "Upgrade")
@@ -96,7 +94,7 @@ func (ex *exchange) negotiate(r *http.Request, conn net.Conn, protocol string, g
 		return exchangeFailed(ex.decision, err)
 	}
 	if resp.StatusCode == http.StatusSwitchingProtocols && strings.EqualFold(resp.Header.Get("Upgrade"), protocol) {
-		return ex.switchTo(conn, br, resp, generation)
+		return ex.switchTo(conn, br, resp)
 	}
 	defer conn.Close()
 	if resp.StatusCode == http.StatusSwitchingProtocols {
@@ -130,7 +128,7 @@ func readResponse(r *http.Request, conn net.Conn, br *bufio.Reader) (*http.Respo
 
 // switchTo answers 101 and makes a tunnel of the two connections. Not before now
 // do bytes pass that are not HTTP.
-func (ex *exchange) switchTo(conn net.Conn, br *bufio.Reader, resp *http.Response, generation uint64) *refusal {
+func (ex *exchange) switchTo(conn net.Conn, br *bufio.Reader, resp *http.Response) *refusal {
 	upgrade := resp.Header.Get("Upgrade")
 	stripHopByHop(resp.Header)
 	resp.Header.Add("Via", via)
@@ -143,6 +141,8 @@ func (ex *exchange) switchTo(conn net.Conn, br *bufio.Reader, resp *http.Respons
 	late, _ := br.Peek(br.Buffered())
 	b.Write(late)
 
+	ex.s.wg.Add(1) // the connection is net/http's no longer, and not yet the tunnel's
+	defer ex.s.wg.Done()
 	client, early, err := ex.client.hijack(ex.ResponseWriter)
 	if err != nil {
 		conn.Close()
@@ -169,7 +169,7 @@ func (ex *exchange) switchTo(conn net.Conn, br *bufio.Reader, resp *http.Respons
 	}
 	client.SetDeadline(time.Time{})
 	conn.SetDeadline(time.Time{})
-	t.start(generation)
+	t.start(ex.generation)
 	return nil
 }
 
@@ -191,5 +191,3 @@ func (c *clientConn) hijack(w http.ResponseWriter) (conn net.Conn, early []byte,
 	c.Conn.SetDeadline(time.Time{})
 	return c.Conn, early, nil
 }
-
-var _ io.ReaderFrom = (*exchange)(nil)

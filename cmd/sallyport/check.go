@@ -1,7 +1,10 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"io"
+	"path/filepath"
 
 	"github.com/spf13/cobra"
 
@@ -12,29 +15,119 @@ import (
 )
 
 func newCheck(o *options) *cobra.Command {
-	return &cobra.Command{
+	var strict bool
+	var output string
+	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "Validate settings and policy",
 		Long: "Validate settings and policy. Every mistake is printed, one a line, as\n" +
-			"file:line:column: path: what is wrong, and what to write instead.",
+			"file:line:column: path: what is wrong, and what to write instead. Warnings are\n" +
+			"for what is legal and seldom meant.\n\n" +
+			"Exit status: 0 good, 2 not; with --strict, 2 for warnings too.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			settings, err := o.load()
-			if err != nil {
+			write, known := reportFormats[output]
+			if output != "text" && !known {
+				return usageError(fmt.Errorf("--output %q: write text, json, sarif or github", output))
+			}
+			r := inspect(o, strict)
+			if output == "text" {
+				return r.writeText(cmd.OutOrStdout(), cmd.ErrOrStderr())
+			}
+			if err := write(cmd.OutOrStdout(), r); err != nil {
 				return err
 			}
-			p, warnings, err := newSource(settings).load()
-			for _, w := range warnings {
-				fmt.Fprintln(cmd.ErrOrStderr(), "warning:", w)
+			if !r.ok() {
+				return &exitError{code: exitUsage}
 			}
-			if err != nil {
-				return usageError(err)
-			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "ok: %s: revision %s, %d groups, %d name patterns, %d warnings\n",
-				settings.Policy.Source, p.Revision(), len(p.GroupNames()), p.Names(), len(warnings))
-			return err
+			return nil
 		},
 	}
+	f := cmd.Flags()
+	f.BoolVar(&strict, "strict", false, "let warnings fail")
+	f.StringVar(&output, "output", "text", "text, json, sarif or github (annotations of GitHub Actions)")
+	return cmd
+}
+
+// A checkReport is what check found out.
+type checkReport struct {
+	source   string // where the policy comes from; "" if the settings do not say
+	strict   bool
+	policy   *policy.Policy // nil with err
+	warnings []*policy.Error
+	err      error
+}
+
+// inspect validates settings and policy.
+func inspect(o *options, strict bool) *checkReport {
+	r := &checkReport{strict: strict}
+	settings, err := o.load()
+	if err != nil {
+		r.err = err
+		return r
+	}
+	r.source = settings.Policy.Source
+	r.policy, r.warnings, r.err = newSource(settings).load()
+	return r
+}
+
+func (r *checkReport) ok() bool { return r.err == nil && (!r.strict || len(r.warnings) == 0) }
+
+func (r *checkReport) writeText(stdout, stderr io.Writer) error {
+	for _, w := range r.warnings {
+		fmt.Fprintln(stderr, "warning:", w)
+	}
+	switch {
+	case r.err != nil:
+		return usageError(r.err)
+	case !r.ok():
+		return usageError(fmt.Errorf("%s: %d warnings, which --strict makes fail", r.source, len(r.warnings)))
+	}
+	_, err := fmt.Fprintf(stdout, "ok: %s: revision %s, %d groups, %d name patterns, %d warnings\n",
+		r.source, r.policy.Revision(), len(r.policy.GroupNames()), r.policy.Names(), len(r.warnings))
+	return err
+}
+
+// A diagnostic is one mistake or warning, for programs.
+type diagnostic struct {
+	Severity string `json:"severity"` // error or warning
+	Kind     string `json:"kind"`     // mistake, or the kind of finding
+	File     string `json:"file,omitempty"`
+	Line     int    `json:"line,omitempty"`
+	Column   int    `json:"column,omitempty"`
+	Path     string `json:"path,omitempty"` // such as groups[0].allow[2]
+	Message  string `json:"message"`
+}
+
+// diagnostics returns mistakes and warnings in the order of the text output.
+func (r *checkReport) diagnostics() []diagnostic {
+	ds := []diagnostic{}
+	for _, w := range r.warnings {
+		ds = append(ds, r.diagnostic("warning", w))
+	}
+	if r.err == nil {
+		return ds
+	}
+	mistakes, ok := errors.AsType[policy.Errors](r.err)
+	if !ok {
+		return append(ds, diagnostic{Severity: "error", Kind: "mistake", File: r.source, Message: r.err.Error()})
+	}
+	for _, e := range mistakes {
+		ds = append(ds, r.diagnostic("error", e))
+	}
+	return ds
+}
+
+func (r *checkReport) diagnostic(severity string, e *policy.Error) diagnostic {
+	kind := "mistake"
+	if f, ok := errors.AsType[*policy.Finding](e.Err); ok {
+		kind = f.Kind
+	}
+	name := e.Pos.File
+	if r.source != "" && name != "" && name != r.source && !filepath.IsAbs(name) {
+		name = filepath.Join(filepath.Dir(r.source), name) // a list file, which the policy names from where it is
+	}
+	return diagnostic{severity, kind, name, e.Pos.Line, e.Pos.Column, e.Path, e.Err.Error()}
 }
 
 // source is where the policy comes from.

@@ -4,9 +4,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net/netip"
-	"net/url"
-	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -17,6 +14,7 @@ import (
 
 func newExplain(o *options) *cobra.Command {
 	var q question
+	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "explain --source ADDRESS [--sni NAME] [--dns TYPE] TARGET",
 		Short: "Show what the policy decides for a request, and why",
@@ -32,7 +30,7 @@ func newExplain(o *options) *cobra.Command {
 			q.target = args[0]
 			r, err := q.request(time.Now())
 			if err != nil {
-				return usageError(err)
+				return usageError(flagError(err))
 			}
 			settings, err := o.load()
 			if err != nil {
@@ -44,7 +42,7 @@ func newExplain(o *options) *cobra.Command {
 			}
 			x := p.Explain(r)
 			write := writeExplanation
-			if q.json {
+			if asJSON {
 				write = writeExplanationJSON
 			}
 			if err := write(cmd.OutOrStdout(), q, x); err != nil {
@@ -62,86 +60,9 @@ func newExplain(o *options) *cobra.Command {
 	f.StringVar(&q.dns, "dns", "", "ask the resolver: type of the question, such as A or TXT")
 	f.StringVar(&q.destination, "destination", "", "address that the name resolves to")
 	f.StringVar(&q.at, "at", "", "decide as of this date (2027-01-31) or time (RFC 3339); default now")
-	f.BoolVar(&q.json, "json", false, "print one JSON object")
+	f.BoolVar(&asJSON, "json", false, "print one JSON object")
 	cobra.CheckErr(cmd.MarkFlagRequired("source"))
 	return cmd
-}
-
-// question is the command line of explain.
-type question struct {
-	target, source, sni, dns, destination, at string
-	json                                      bool
-}
-
-// request turns the command line into what proxy or resolver would ask.
-func (q *question) request(now time.Time) (policy.Request, error) {
-	r := policy.Request{Time: now}
-	var err error
-	if r.Source, err = netip.ParseAddr(q.source); err != nil {
-		return r, fmt.Errorf("--source %q: not an address; write one such as 10.20.1.5", q.source)
-	}
-	if q.destination != "" {
-		if r.Destination, err = netip.ParseAddr(q.destination); err != nil {
-			return r, fmt.Errorf("--destination %q: not an address", q.destination)
-		}
-	}
-	if q.at != "" {
-		if r.Time, err = time.Parse(time.DateOnly, q.at); err != nil {
-			if r.Time, err = time.Parse(time.RFC3339, q.at); err != nil {
-				return r, fmt.Errorf("--at %q: write 2027-01-31 or 2027-01-31T18:00:00Z", q.at)
-			}
-		}
-	}
-	if q.dns != "" {
-		return r, q.question(&r)
-	}
-	return r, q.connection(&r)
-}
-
-// question fills in a question to the resolver.
-func (q *question) question(r *policy.Request) (err error) {
-	r.Protocol = policy.ProtocolDNS
-	var ok bool
-	if r.QType, ok = policy.ParseQType(q.dns); !ok {
-		return fmt.Errorf("--dns %q: not a type of DNS data; write one such as A, HTTPS, TXT or TYPE65400", q.dns)
-	}
-	if q.sni != "" {
-		return fmt.Errorf("--sni goes with a connection, not with --dns")
-	}
-	if r.Name, err = policy.ParseName(q.target); err != nil {
-		return fmt.Errorf("target: %w", err)
-	}
-	return nil
-}
-
-// connection fills in a CONNECT or a plain HTTP request.
-func (q *question) connection(r *policy.Request) (err error) {
-	authority := q.target
-	if strings.Contains(authority, "://") {
-		u, err := url.Parse(authority)
-		if err != nil || u.Scheme != "http" || u.Host == "" {
-			return fmt.Errorf("target %q: write host:port for what goes through CONNECT, as https does, or http://host/", q.target)
-		}
-		r.Protocol, authority = policy.ProtocolHTTP, u.Host
-		if u.Port() == "" {
-			authority += ":80"
-		}
-	}
-	if r.Name, r.Address, r.Port, err = policy.ParseAuthority(authority); err != nil {
-		return fmt.Errorf("target: %w", err)
-	}
-	if r.Address.IsValid() && !r.Destination.IsValid() {
-		r.Destination = r.Address
-	}
-	if q.sni == "" {
-		return nil
-	}
-	r.Protocol = policy.ProtocolTLS
-	r.TLS = policy.TLS{Seen: true, MaxVersion: 0x0304}
-	if r.TLS.SNI, err = policy.ParseName(q.sni); err != nil {
-		return fmt.Errorf("--sni: %w", err)
-	}
-	return nil
 }
 
 func writeExplanation(out io.Writer, q question, x policy.Explanation) error {
@@ -165,8 +86,15 @@ func writeExplanation(out io.Writer, q question, x policy.Explanation) error {
 		fmt.Fprintf(w, "\nno rule covers %s\n", q.target)
 	}
 	if len(x.Candidates) > 0 {
-		fmt.Fprintf(w, "\neffect\trule\twritten in\tmatched by\toutcome\n")
+		fmt.Fprintln(w)
+		writeCandidates(w, x)
 	}
+	return w.Flush()
+}
+
+// writeCandidates writes the rules that cover what was asked for, as a table.
+func writeCandidates(w io.Writer, x policy.Explanation) {
+	fmt.Fprintf(w, "effect\trule\twritten in\tmatched by\toutcome\n")
 	for _, c := range x.Candidates {
 		outcome := "matched"
 		if !c.Matched {
@@ -177,7 +105,6 @@ func writeExplanation(out io.Writer, q question, x policy.Explanation) error {
 		}
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", effect(c), c.Rule, writtenIn(c), c.Pattern, outcome)
 	}
-	return w.Flush()
 }
 
 func effect(c policy.Candidate) string {
