@@ -33,6 +33,9 @@ const (
 	maxAncestors = 62
 )
 
+// errNoSuch is wrapped by errors about references that lead nowhere.
+var errNoSuch = errors.New("there is no")
+
 // Compile turns d into a Policy. It reports every mistake it finds, up to 200, as
 // Errors in the order of their positions, and then returns no policy. Warnings
 // are for a person to look at; the policy is good all the same. d is not kept.
@@ -295,7 +298,7 @@ func (c *compiler) ancestors() {
 			k, known := c.groups[parent]
 			switch {
 			case !known:
-				c.fail(path, "there is no group %q%s", clip(parent), c.known(c.groups))
+				c.fail(path, "%w group %q%s", errNoSuch, clip(parent), c.known(c.groups))
 			case state[k] == visitOpen:
 				c.fail(path, "groups extend each other in a circle, which %q closes; remove one of the links", parent)
 			default:
@@ -347,7 +350,7 @@ func (c *compiler) unmatchedSource() {
 	default:
 		i, ok := c.groups[s]
 		if !ok {
-			c.fail("unmatched_source", "there is no group %q; write deny or the name of a group%s", clip(s), c.known(c.groups))
+			c.fail("unmatched_source", "%w group %q; write deny or the name of a group%s", errNoSuch, clip(s), c.known(c.groups))
 			return
 		}
 		c.p.unmatched = i
@@ -741,7 +744,7 @@ func (c *compiler) use(path, list string, to ref, deny, anySuffix bool) {
 		}
 	}
 	if _, ok := c.lists[list]; !ok {
-		c.fail(path, "there is no list %q%s", clip(list), c.known(c.lists))
+		c.fail(path, "%w list %q%s", errNoSuch, clip(list), c.known(c.lists))
 	}
 	visit(list)
 }
@@ -760,7 +763,7 @@ func (c *compiler) listReferences() {
 			path := fmt.Sprintf("lists[%d].names[%d]", i, j)
 			switch k, known := c.lists[inner]; {
 			case !known:
-				c.fail(path, "there is no list %q%s", clip(inner), c.known(c.lists))
+				c.fail(path, "%w list %q%s", errNoSuch, clip(inner), c.known(c.lists))
 			case state[k] == visitOpen:
 				c.fail(path, "lists hold each other in a circle, which @%s closes; remove one of the references", inner)
 			case state[k] == visitNot:

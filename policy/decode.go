@@ -20,13 +20,17 @@ func Load(file string, data []byte, o Options) (*Policy, []*Error, error) {
 		return Compile(doc, o)
 	}
 	var mistakes, more Errors
-	if doc == nil || !errors.As(err, &mistakes) || slices.ContainsFunc(mistakes, hidesNames) {
+	if doc == nil || !errors.As(err, &mistakes) {
 		return nil, nil, err
 	}
+	hidden := slices.ContainsFunc(mistakes, hidesNames)
 	_, _, err = Compile(doc, o)
 	errors.As(err, &more)
 	all := slices.Clone(mistakes)
 	for _, e := range more {
+		if hidden && errors.Is(e, errNoSuch) {
+			continue
+		}
 		if !slices.ContainsFunc(mistakes, func(m *Error) bool { return within(m.Path, e.Path) || within(e.Path, m.Path) }) {
 			all = append(all, e)
 		}

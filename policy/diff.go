@@ -19,6 +19,9 @@ type Changes struct {
 	Removed []string       `json:"groups_removed,omitempty"` // and only the old one
 	Groups  []GroupChange  `json:"groups,omitempty"`
 	Expiry  []ExpiryChange `json:"expiry,omitempty"`
+	// Partial says that patterns with a "*" inside overlap so often that not all
+	// overlaps were looked at.
+	Partial bool `json:"partial,omitempty"`
 }
 
 // Empty reports whether no decision differs, now or when a rule expires.
@@ -96,7 +99,7 @@ func Diff(old, new *Policy, at time.Time) *Changes {
 			d.found = append(d.found, c)
 		}
 	})
-	out := &Changes{Old: old.revision, New: new.revision, Expiry: d.expiries()}
+	out := &Changes{Old: old.revision, New: new.revision, Expiry: d.expiries(), Partial: d.partial}
 	for i := range d.pairs {
 		d.pairs[i].fold(d)
 	}
@@ -139,6 +142,8 @@ type differ struct {
 	sets     map[string]int // by the postings that make them up
 	outcomes [][]*outcome   // by set and pair
 	found    []class        // those with a change
+	paired   int            // pairs of patterns looked at by classes
+	partial  bool           // and there were more
 }
 
 // freshLabels returns a label that whoever wrote the policies could not foresee,
@@ -340,6 +345,7 @@ const (
 
 // classes calls emit for every class, without its set.
 func (d *differ) classes(emit func(class)) {
+	d.paired = 0
 	for k, p := range d.sides {
 		p.names.records(func(name string, exact, below posting) {
 			otherExact, otherBelow := d.sides[1-k].names.lookup(name)
@@ -447,8 +453,12 @@ func (d *differ) collectWildcards() {
 	}
 }
 
-// maxOverlaps bounds with how many others a pattern is paired.
-const maxOverlaps = 1000
+const (
+	// maxOverlaps bounds with how many others a pattern is paired,
+	maxOverlaps = 1000
+	// and maxPairs how many such pairs a Diff looks at.
+	maxPairs = 100_000
+)
 
 // overlaps emits the classes of names that match p and one of the globs filed at or
 // above its base; of those at its own base only the ones before index.
@@ -462,9 +472,11 @@ func (d *differ) overlaps(emit func(class), p pattern, index int) {
 			if base == p.base && i >= index {
 				break
 			}
-			if n++; n > maxOverlaps {
+			if n++; n > maxOverlaps || d.paired >= maxPairs {
+				d.partial = true
 				return false
 			}
+			d.paired++
 			g := &d.globs[i]
 			of := [2]string{p.text(), g.text}
 			for _, w := range d.witnesses(p, g.pattern, 1+min(1, len(p.glob))) {

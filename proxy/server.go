@@ -188,7 +188,7 @@ func (s *Server) Listen() error {
 		l, err := lc.Listen(context.Background(), "tcp", a)
 		if err != nil {
 			s.closeListeners()
-			return fmt.Errorf("listen on %s: %w", a, err)
+			return err // which names the address
 		}
 		s.listeners = append(s.listeners, l)
 		s.addrs = append(s.addrs, addrPort(l.Addr()))

@@ -256,7 +256,7 @@ func TestMetricsAreDocumented(t *testing.T) {
 	m := metrics.New(metrics.Options{
 		Tunnels:    func() int { return 0 },
 		LogDropped: func() uint64 { return 0 },
-		Cache:      func() metrics.CacheStats { return metrics.CacheStats{} },
+		Resolver:   func() metrics.ResolverStats { return metrics.ResolverStats{} },
 	})
 	m.SetPolicy("r1", nil)
 	m.SetReload(true, time.Now())

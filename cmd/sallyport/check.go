@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
@@ -145,7 +146,11 @@ func newSource(s config.Settings) source {
 // load reads and compiles the policy; warnings come with an error too.
 func (s source) load() (*policy.Policy, []*policy.Error, error) {
 	if s.files != nil {
-		return s.files.Load()
+		p, warnings, err := s.files.Load()
+		if _, located := errors.AsType[policy.Errors](err); !located && errors.Is(err, fs.ErrNotExist) {
+			err = fmt.Errorf("%w; name the policy with --policy FILE, or with policy.source in the settings", err)
+		}
+		return p, warnings, err
 	}
 	d, err := policy.ParseDocument("the embedded policy", configs.Policy)
 	if err != nil {

@@ -25,7 +25,12 @@ func newExplain(o *options) *cobra.Command {
 		Example: "  sallyport explain --source 10.20.1.5 api.github.com:443\n" +
 			"  sallyport explain --source 10.20.1.5 --sni other.example api.github.com:443\n" +
 			"  sallyport explain --source 10.20.1.5 --dns TXT github.com",
-		Args: cobra.ExactArgs(1),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return fmt.Errorf("explain wants one TARGET, such as api.github.com:443, not %d; see sallyport explain --help", len(args))
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			q.target = args[0]
 			r, err := q.request(time.Now())

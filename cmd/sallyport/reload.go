@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"sync"
 	"time"
@@ -22,59 +23,67 @@ func request(c chan<- struct{}) {
 // the settings too on SIGHUP.
 func (g *gate) reloader(ctx context.Context) {
 	for {
+		var err error
 		select {
 		case <-ctx.Done():
 			return
 		case <-g.hangup:
-			g.reloadSettings()
+			err = g.attempt("settings", g.reloadSettings)
 		case <-g.changed:
 		}
-		g.reloadPolicy()
+		err = errors.Join(err, g.attempt("policy", g.reloadPolicy))
+		now := time.Now()
+		g.metrics.SetReload(err == nil, now)
+		g.status.reloaded(g.store.Policy().Revision(), err, now)
 	}
+}
+
+// attempt reloads what, and records how that went.
+func (g *gate) attempt(what string, reload func() error) error {
+	ev := event.Event{Time: time.Now(), Kind: event.Config, Name: what}
+	err := reload()
+	ev.Duration = time.Since(ev.Time)
+	ev.Decision.Revision = g.store.Policy().Revision()
+	if err != nil {
+		ev.Error = err.Error()
+		for line := range strings.SplitSeq(ev.Error, "\n") {
+			g.logger.Error().Msg(what + " not reloaded, the last good state stays in force: " + line)
+		}
+	}
+	g.observer.Observe(&ev)
+	return err
 }
 
 // reloadSettings applies the settings that can change live and names those that
 // cannot. Bad settings change nothing.
-func (g *gate) reloadSettings() {
+func (g *gate) reloadSettings() error {
 	s, err := g.options.load()
 	if err != nil {
-		g.logger.Error().Err(err).Msg("settings not reloaded; the old ones stay in force")
-		return
+		return err
 	}
 	if rest := g.settings.RestartOnly(s); len(rest) > 0 {
 		g.logger.Warn().Strs("settings", rest).Msg("these settings change at the next start only")
 	}
 	if err := g.log.SetLevel(s.Log.Level); err != nil {
-		g.logger.Error().Err(err).Msg("log level not changed")
-		return
+		return err
 	}
 	g.settings.Log.Level = s.Log.Level
+	return nil
 }
 
 // reloadPolicy compiles the policy anew and puts it in force, or keeps the old one.
-func (g *gate) reloadPolicy() {
-	began := time.Now()
+func (g *gate) reloadPolicy() error {
 	p, warnings, err := g.source.load()
-	if err == nil {
-		for _, w := range warnings {
-			g.logger.Warn().Msg(w.Error())
-		}
-		if p.Revision() != g.store.Policy().Revision() {
-			g.store.Swap(p)
-		}
-	}
-	ev := event.Event{Time: began, Kind: event.Config, Name: "policy", Duration: time.Since(began)}
-	ev.Decision.Revision = g.store.Policy().Revision()
 	if err != nil {
-		ev.Error = err.Error()
-		for line := range strings.SplitSeq(ev.Error, "\n") {
-			g.logger.Error().Msg("policy not reloaded, the last good one stays in force: " + line)
-		}
+		return err
 	}
-	g.observer.Observe(&ev)
-	now := time.Now()
-	g.metrics.SetReload(err == nil, now)
-	g.status.reloaded(ev.Decision.Revision, err, now)
+	for _, w := range warnings {
+		g.logger.Warn().Msg(w.Error())
+	}
+	if p.Revision() != g.store.Policy().Revision() {
+		g.store.Swap(p)
+	}
+	return nil
 }
 
 // status is what /readyz reports.

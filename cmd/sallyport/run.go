@@ -34,6 +34,9 @@ func newRun(o *options) *cobra.Command {
 			"SIGINT drain and stop (a second one stops at once).",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			// From the first moment to the last: by default these would end the process.
+			signals := make(chan os.Signal, 4)
+			signal.Notify(signals, syscall.SIGHUP, syscall.SIGUSR1)
 			settings, err := o.load()
 			if err != nil {
 				return err
@@ -42,6 +45,7 @@ func newRun(o *options) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			g.signals = signals
 			return g.run(cmd.Context(), cmd.ErrOrStderr())
 		},
 	}
@@ -62,6 +66,7 @@ type gate struct {
 	dns      *dnsfilter.Server
 	proxy    *proxy.Server
 	admin    *admin.Server
+	signals  <-chan os.Signal
 	hangup   chan struct{} // SIGHUP asks for a reload of settings and policy
 	changed  chan struct{} // the policy's files ask for one of the policy
 }
@@ -86,9 +91,12 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 	g.metrics = metrics.New(metrics.Options{
 		Version: v, Revision: rev, LogDropped: g.log.Dropped,
 		Tunnels: func() int { return g.proxy.Stats().Tunnels },
-		Cache: func() metrics.CacheStats {
+		Resolver: func() metrics.ResolverStats {
 			st := g.resolver.Stats()
-			return metrics.CacheStats{Hits: st.CacheHits, Misses: st.CacheMisses - st.CacheStale, Stale: st.CacheStale}
+			return metrics.ResolverStats{
+				Hits: st.CacheHits, Misses: st.CacheMisses, Stale: st.CacheStale,
+				Dropped: st.Dropped, Malformed: st.Malformed, Failures: st.UpstreamFailures,
+			}
 		},
 	})
 	g.observer = event.Observers{g.metrics, g.log}
@@ -171,11 +179,8 @@ func failure(err error) error {
 // serve listens, runs the servers until ctx ends or one of them fails, drains and
 // stops.
 func (g *gate) serve(ctx context.Context, hints io.Writer) error {
-	for _, listen := range []func() error{g.proxy.Listen, g.dns.Listen, g.admin.Listen} {
-		if err := listen(); err != nil {
-			g.closeListeners()
-			return failure(err)
-		}
+	if err := g.listen(); err != nil {
+		return failure(err)
 	}
 	g.proxy.Guard(g.dns.Addrs()...)
 	g.proxy.Guard(g.admin.Addrs()...)
@@ -201,7 +206,7 @@ func (g *gate) serve(ctx context.Context, hints io.Writer) error {
 		start("watch policy", g.watch, helpers)
 	}
 	wg.Go(func() { g.reloader(helpers) })
-	wg.Go(func() { g.signals(helpers) })
+	wg.Go(func() { g.serveSignals(helpers) })
 	g.status.serving(true)
 
 	var err error
@@ -218,6 +223,24 @@ func (g *gate) serve(ctx context.Context, hints io.Writer) error {
 	g.resolver.Close()
 	g.logger.Info().Msg("stopped")
 	return failure(err)
+}
+
+// listen binds everything, or nothing: the error names every address that could
+// not be had.
+func (g *gate) listen() error {
+	var errs []error
+	for _, l := range []struct {
+		setting string
+		listen  func() error
+	}{{"proxy.listen", g.proxy.Listen}, {"dns.listen", g.dns.Listen}, {"admin.listen", g.admin.Listen}} {
+		if err := l.listen(); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", l.setting, err))
+		}
+	}
+	if len(errs) > 0 {
+		g.closeListeners()
+	}
+	return errors.Join(errs...)
 }
 
 // drain stops the listeners and lets what is under way end, for as long as
@@ -283,16 +306,13 @@ func (g *gate) watch(ctx context.Context) error {
 	return g.source.files.Watch(ctx, func() { request(g.changed) })
 }
 
-// signals serves SIGHUP and SIGUSR1.
-func (g *gate) signals(ctx context.Context) {
-	c := make(chan os.Signal, 4)
-	signal.Notify(c, syscall.SIGHUP, syscall.SIGUSR1)
-	defer signal.Stop(c)
+// serveSignals serves SIGHUP and SIGUSR1. Once ctx has ended they do nothing.
+func (g *gate) serveSignals(ctx context.Context) {
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case s := <-c:
+		case s := <-g.signals:
 			if s == syscall.SIGHUP {
 				request(g.hangup)
 			} else if err := g.log.Reopen(); err != nil {

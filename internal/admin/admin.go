@@ -133,7 +133,7 @@ func (s *Server) Listen() error {
 	}
 	l, err := net.Listen("tcp", s.listen)
 	if err != nil {
-		return fmt.Errorf("listen on %s: %w", s.listen, err)
+		return err // which names the address
 	}
 	s.listener = l
 	return nil

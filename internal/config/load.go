@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/go-viper/mapstructure/v2"
 	"github.com/spf13/viper"
@@ -81,10 +82,14 @@ func fileLayer(name string) *layer {
 
 // readFile reads up to one byte more than a settings file may have.
 func readFile(name string) ([]byte, error) {
-	f, err := os.Open(name)
+	// O_NONBLOCK: a named pipe in the file's place must not block for ever.
+	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err == nil {
 		defer f.Close()
 		var data []byte
+		if info, serr := f.Stat(); serr == nil && !info.Mode().IsRegular() {
+			return nil, errors.New("it is no regular file")
+		}
 		if data, err = io.ReadAll(io.LimitReader(f, maxFile+1)); err == nil {
 			return data, nil
 		}

@@ -20,19 +20,23 @@ import (
 	"sallyport/policy/event"
 )
 
-// CacheStats say how the look-ups in the resolver's cache ended; each is one of the three.
-type CacheStats struct {
+// ResolverStats are the resolver's numbers since the start. Each look-up in its
+// cache is one of the first three.
+type ResolverStats struct {
 	Hits, Misses uint64
 	Stale        uint64 // answered past the TTL because no upstream answered
+	Dropped      uint64 // queries and connections dropped because too many were under way
+	Malformed    uint64 // packets that are no query to answer
+	Failures     uint64 // exchanges with upstreams that ended without an answer
 }
 
 // Options say where the numbers come from that events do not tell. A nil func
 // leaves its metric out.
 type Options struct {
-	Version, Revision string            // of the program
-	Tunnels           func() int        // tunnels open now
-	Cache             func() CacheStats // the resolver's cache, since the start
-	LogDropped        func() uint64     // log lines lost, since the start
+	Version, Revision string     // of the program
+	Tunnels           func() int // tunnels open now
+	Resolver          func() ResolverStats
+	LogDropped        func() uint64 // log lines lost, since the start
 }
 
 // Metrics counts. It is an [event.Observer] that neither blocks nor allocates.
@@ -181,16 +185,19 @@ func (t *table) count(listener string, d *policy.Decision) {
 }
 
 var (
-	decisionsDesc = desc("decisions_total", "Connections, requests and queries decided, when they end.", "listener", "group", "verdict", "reason")
-	tunnelsDesc   = desc("tunnels", "Tunnels open now.")
-	bytesDesc     = desc("bytes_total", "Bytes relayed, counted when a connection ends; up is from client to destination.", "direction")
-	queriesDesc   = desc("dns_queries_total", "DNS queries answered.", "verdict", "qtype", "rcode")
-	cacheDesc     = desc("dns_cache_total", "Look-ups in the resolver's cache.", "result")
-	policyDesc    = desc("policy_info", "The policy in force, always 1.", "revision")
-	reloadDesc    = desc("policy_last_reload_success", "Whether the last attempt to load a policy succeeded.")
-	reloadAtDesc  = desc("policy_last_reload_timestamp_seconds", "When a policy was last loaded or refused, in Unix time.")
-	droppedDesc   = desc("log_dropped_total", "Log lines lost because the output was too slow or failed.")
-	buildDesc     = desc("build_info", "The program, always 1.", "version", "revision", "goversion")
+	decisionsDesc  = desc("decisions_total", "Connections, requests and queries decided, when they end.", "listener", "group", "verdict", "reason")
+	tunnelsDesc    = desc("tunnels", "Tunnels open now.")
+	bytesDesc      = desc("bytes_total", "Bytes relayed, counted when a connection ends; up is from client to destination.", "direction")
+	queriesDesc    = desc("dns_queries_total", "DNS queries answered.", "verdict", "qtype", "rcode")
+	cacheDesc      = desc("dns_cache_total", "Look-ups in the resolver's cache.", "result")
+	dnsDroppedDesc = desc("dns_dropped_total", "Queries and connections dropped because too many were under way.")
+	malformedDesc  = desc("dns_malformed_total", "Packets that are no query to answer.")
+	failuresDesc   = desc("dns_upstream_failures_total", "Exchanges with upstreams that ended without an answer.")
+	policyDesc     = desc("policy_info", "The policy in force, always 1.", "revision")
+	reloadDesc     = desc("policy_last_reload_success", "Whether the last attempt to load a policy succeeded.")
+	reloadAtDesc   = desc("policy_last_reload_timestamp_seconds", "When a policy was last loaded or refused, in Unix time.")
+	droppedDesc    = desc("log_dropped_total", "Log lines lost because the output was too slow or failed.")
+	buildDesc      = desc("build_info", "The program, always 1.", "version", "revision", "goversion")
 )
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
@@ -203,7 +210,7 @@ type collector struct{ m *Metrics }
 
 // Describe implements prometheus.Collector.
 func (collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{decisionsDesc, tunnelsDesc, bytesDesc, queriesDesc, cacheDesc,
+	for _, d := range []*prometheus.Desc{decisionsDesc, tunnelsDesc, bytesDesc, queriesDesc, cacheDesc, dnsDroppedDesc, malformedDesc, failuresDesc,
 		policyDesc, reloadDesc, reloadAtDesc, droppedDesc, buildDesc} {
 		ch <- d
 	}
@@ -237,11 +244,14 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	if o.Tunnels != nil {
 		gauge(tunnelsDesc, float64(o.Tunnels()))
 	}
-	if o.Cache != nil {
-		s := o.Cache()
+	if o.Resolver != nil {
+		s := o.Resolver()
 		counter(cacheDesc, s.Hits, "hit")
 		counter(cacheDesc, s.Misses, "miss")
 		counter(cacheDesc, s.Stale, "stale")
+		counter(dnsDroppedDesc, s.Dropped)
+		counter(malformedDesc, s.Malformed)
+		counter(failuresDesc, s.Failures)
 	}
 	if o.LogDropped != nil {
 		counter(droppedDesc, o.LogDropped())

@@ -50,7 +50,9 @@ func TestScrape(t *testing.T) {
 	m := New(Options{
 		Version: "v1", Revision: "0123abc",
 		Tunnels: func() int { return 3 }, LogDropped: func() uint64 { return 4 },
-		Cache: func() CacheStats { return CacheStats{Hits: 5, Misses: 6, Stale: 7} },
+		Resolver: func() ResolverStats {
+			return ResolverStats{Hits: 5, Misses: 6, Stale: 7, Dropped: 8, Malformed: 9, Failures: 10}
+		},
 	})
 	m.SetPolicy("r1", []string{"ci"})
 	m.SetReload(true, time.Unix(1700000000, 5e8))

@@ -488,6 +488,23 @@ func TestReload(t *testing.T) {
 		t.Error("the revoked tunnel still carries bytes")
 	}
 	keep.echo(t, "still here\n")
+
+	// Bad settings are no good reload either.
+	settings, err := os.ReadFile(g.path("sallyport.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.write("sallyport.yaml", string(settings)+"nonsense: 1\n")
+	before := g.ready().Policy.LastReload.At
+	g.signal(syscall.SIGHUP)
+	g.until("the reload of bad settings", func() bool { return g.ready().Policy.LastReload.At != before })
+	if r := g.ready().Policy.LastReload; r.OK || !strings.Contains(r.Error, `unknown key "nonsense"`) {
+		t.Errorf("after bad settings: %+v", r)
+	}
+	g.line(0, map[string]any{"event": "config", "what": "settings", "ok": false})
+	g.write("sallyport.yaml", string(settings))
+	g.signal(syscall.SIGHUP)
+	g.until("the reload of good settings", func() bool { return g.ready().Policy.LastReload.OK })
 	wants(t, "/metrics", g.metrics(), "sallyport_policy_last_reload_success 1")
 	if get("new.ok.test") == 0 {
 		t.Error("new.ok.test is still allowed")
@@ -538,6 +555,8 @@ func TestDrain(t *testing.T) {
 		}
 		return err != nil
 	})
+	g.signal(syscall.SIGHUP) // is no reason to stop at once
+	g.signal(syscall.SIGUSR1)
 	e.echo(t, "drained tunnels go on\n")
 	e.Close()
 	if code := g.wait(); code != 0 {
