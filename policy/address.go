@@ -42,18 +42,24 @@ func IsGlobal(a netip.Addr) bool {
 	if !a.IsValid() {
 		return false
 	}
-	if a.Is6() {
-		b := a.As16()
-		inner := netip.AddrFrom4([4]byte(b[12:]))
-		if nat64.Contains(a) {
-			return IsGlobal(inner)
-		}
-		// ISATAP interface identifiers (RFC 5214, section 6.1), universal bit set or not.
-		if b[8]&^2 == 0 && b[9] == 0 && b[10] == 0x5e && b[11] == 0xfe && !IsGlobal(inner) {
-			return false
-		}
+	if inner, ok := embedded(a); ok {
+		return IsGlobal(inner) && (nat64.Contains(a) || !special.Contains(a))
 	}
 	return !special.Contains(a)
+}
+
+// embedded returns the IPv4 address that a stands for or leads to, for the
+// embeddings that can be global: NAT64's well-known prefix, and ISATAP interface
+// identifiers (RFC 5214, section 6.1), universal bit set or not.
+func embedded(a netip.Addr) (netip.Addr, bool) {
+	if !a.Is6() {
+		return netip.Addr{}, false
+	}
+	b := a.As16()
+	if nat64.Contains(a) || b[8]&^2 == 0 && b[9] == 0 && b[10] == 0x5e && b[11] == 0xfe {
+		return netip.AddrFrom4([4]byte(b[12:])), true
+	}
+	return netip.Addr{}, false
 }
 
 // whollySpecial reports whether every address of pfx is outside global space.

@@ -15,6 +15,9 @@ var ErrAuthority = errors.New("not host:port")
 // canonical decimal. Zone identifiers, user information and everything else that
 // a URI may hold are refused. Either name or addr is zero.
 func ParseAuthority(s string) (name Name, addr netip.Addr, port uint16, err error) {
+	if strings.IndexByte(s, '@') >= 0 { // never repeated: it may be a password
+		return name, addr, 0, fmt.Errorf("%w: it holds user information; write the host and port alone", ErrAuthority)
+	}
 	i := strings.LastIndexByte(s, ':')
 	if i < 0 {
 		return name, addr, 0, fmt.Errorf("%w: %q has no port; write it out, as in example.com:443", ErrAuthority, clip(s))

@@ -104,13 +104,24 @@ func (e *eval) collect(n Name, a netip.Addr) {
 		if refs, ok := e.p.addresses.Lookup(a); ok {
 			e.consider(hit{refs: refs})
 		}
+		if inner, ok := embedded(a); ok {
+			e.denyAddress(inner)
+		}
 	}
 }
 
 // collectDestination considers the deny rules whose addresses hold Destination:
 // a name does not take a denied address out of reach of the rule.
 func (e *eval) collectDestination() {
-	refs, ok := e.p.addresses.Lookup(e.r.Destination)
+	e.denyAddress(e.r.Destination)
+	if inner, ok := embedded(e.r.Destination); ok {
+		e.denyAddress(inner)
+	}
+}
+
+// denyAddress considers the deny rules whose addresses hold a, and no others.
+func (e *eval) denyAddress(a netip.Addr) {
+	refs, ok := e.p.addresses.Lookup(a)
 	if !ok {
 		return
 	}
@@ -128,6 +139,7 @@ func (e *eval) collectDestination() {
 func (e *eval) collectSNI() {
 	inner := eval{p: e.p, r: e.r, g: e.g}
 	inner.collect(e.r.TLS.SNI, netip.Addr{})
+	inner.liftBuiltin()
 	if inner.guard.ok {
 		e.guard.offer(inner.guard.id)
 	}
@@ -139,9 +151,7 @@ func (e *eval) collectSNI() {
 // verdict turns what was found into the answer.
 func (e *eval) verdict(d *Decision) {
 	private := e.r.Destination.IsValid() && !e.privateNamed && !IsGlobal(e.r.Destination)
-	if e.builtin.ok && !e.exact {
-		e.guard.offer(e.builtin.id)
-	}
+	e.liftBuiltin()
 	switch {
 	case e.guard.ok:
 		d.Reason, d.Rule = ReasonExplicitDeny, e.guard.id
@@ -169,6 +179,14 @@ func (e *eval) verdict(d *Decision) {
 		return
 	}
 	d.Verdict, d.Inspect = Observe, InspectTLS|InspectHTTP|InspectNone
+}
+
+// liftBuiltin makes a built-in guardrail one like any other, unless an allow rule
+// names the destination exactly, which lifts it.
+func (e *eval) liftBuiltin() {
+	if e.builtin.ok && !e.exact {
+		e.guard.offer(e.builtin.id)
+	}
 }
 
 // owns reports whether rules of owner count for the source's group.
@@ -353,6 +371,7 @@ func (e *eval) listed(n Name) bool {
 	r.Name, r.Protocol, r.TLS, r.Destination = n, ProtocolTLS, TLS{}, netip.Addr{}
 	inner := eval{p: e.p, r: r, g: e.g}
 	inner.collect(n, netip.Addr{})
+	inner.liftBuiltin()
 	return inner.allow.ok && !inner.deny.ok && !inner.guard.ok
 }
 

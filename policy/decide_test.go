@@ -178,6 +178,8 @@ func TestDecideStages(t *testing.T) {
 	check("denied address behind a name", dest("api.ok.test", "198.51.100.9"), "deny explicit_deny no-dark-net")
 	check("literal names its block", Request{Address: addr("203.0.113.7"), Port: 443, Destination: addr("203.0.113.7")}, "allow matched lit")
 	check("wide literal does not name loopback", Request{Address: addr("127.0.0.1"), Port: 4443, Destination: addr("127.0.0.1")}, "deny private_destination lit-all")
+	check("denied address behind NAT64", dest("api.ok.test", "64:ff9b::198.51.100.9"), "deny explicit_deny no-dark-net")
+	check("denied literal behind NAT64", Request{Address: addr("64:ff9b::198.51.100.9"), Port: 443}, "deny explicit_deny no-dark-net")
 	check("observe: public", Request{Source: lab, Name: ok, Port: 443, Destination: addr("93.184.216.34")}, "observe not_listed")
 	check("observe: private", Request{Source: lab, Name: ok, Port: 443, Destination: addr("127.0.0.1")}, "deny private_destination")
 	check("observe: private, listed", Request{Source: lab, Name: MustName("only.test"), Port: 443, Destination: addr("10.0.0.1")}, "deny private_destination only.test")
@@ -307,6 +309,8 @@ func TestBuiltinGuardrails(t *testing.T) {
 	p := mustCompile(t, &Document{Version: 1, Groups: []Group{
 		{Name: "wide", Sources: []string{"10.1.0.0/16"}, Mode: "observe", ObserveUntil: "2999-01-01", Allow: []Rule{
 			{ID: "all", Names: []string{"*"}, AllowPublicSuffix: true, PrivateDestinations: []string{"0.0.0.0/0"}}}},
+		{Name: "fronting", Sources: []string{"10.3.0.0/16"}, Allow: []Rule{
+			{ID: "icloud", Names: []string{".icloud.com"}, TLS: &TLSRule{SNI: "listed"}}}},
 		{Name: "exact", Sources: []string{"10.2.0.0/16"}, Allow: []Rule{
 			{ID: "meta", Names: []string{"metadata.google.internal"}, Protocol: "http", PrivateDestinations: []string{"169.254.169.254/32"}}}},
 	}})
@@ -324,6 +328,13 @@ func TestBuiltinGuardrails(t *testing.T) {
 	check("10.1.0.1", "anything.test", "169.254.169.254", "deny private_destination all")
 	check("10.1.0.1", "anything.test", "::ffff:169.254.169.254", "deny private_destination all")
 	check("10.2.0.1", "metadata.google.internal", "169.254.169.254", "allow matched meta")
+	for _, src := range []string{"10.1.0.1", "10.3.0.1"} {
+		d := p.Decide(Request{Source: addr(src), Name: MustName("x.icloud.com"), Port: 443, Protocol: ProtocolTLS, Time: at,
+			TLS: TLS{Seen: true, SNI: MustName("mask.icloud.com"), MaxVersion: 0x0304}})
+		if d.Passes() {
+			t.Errorf("SNI of a guardrail from %s: %+v", src, d)
+		}
+	}
 }
 
 func TestDecideDoesNotAllocate(t *testing.T) {

@@ -24,8 +24,9 @@ type Changes struct {
 	Partial bool `json:"partial,omitempty"`
 }
 
-// Empty reports whether no decision differs, now or when a rule expires.
-func (c *Changes) Empty() bool { return len(c.Groups) == 0 && len(c.Expiry) == 0 }
+// Empty reports whether it is certain that no decision differs, now or when a rule
+// expires.
+func (c *Changes) Empty() bool { return len(c.Groups) == 0 && len(c.Expiry) == 0 && !c.Partial }
 
 // A GroupChange is what changes for sources that belong to one group in the old
 // policy and to one in the new: usually to the same.
@@ -89,7 +90,7 @@ type ExpiryChange struct {
 func Diff(old, new *Policy, at time.Time) *Changes {
 	d := &differ{
 		sides: [2]*Policy{old, new}, base: Request{Name: Name{"x"}, Time: at},
-		fills: freshLabels(), sets: map[string]int{},
+		fills: freshLabels(), sets: map[string]int{}, known: map[[2]posting]bool{},
 	}
 	d.meanings()
 	d.pairUp()
@@ -139,22 +140,30 @@ type differ struct {
 	wild    map[string][]int // indices into globs, by base
 	fills   []string         // labels to stand for "*"
 
-	sets     map[string]int // by the postings that make them up
-	outcomes [][]*outcome   // by set and pair
-	found    []class        // those with a change
-	paired   int            // pairs of patterns looked at by classes
-	partial  bool           // and there were more
+	sets     map[string]int      // by the postings that make them up
+	outcomes [][]*outcome        // by set and pair
+	found    []class             // those with a change
+	paired   int                 // pairs of patterns looked at by classes
+	work     int                 // see maxWork
+	partial  bool                // and there were more
+	known    map[[2]posting]bool // see changed
 }
 
-// freshLabels returns a label that whoever wrote the policies could not foresee,
-// and short ones for where it matches a pattern by accident.
+// freshLabels returns labels that whoever wrote the policies could not foresee,
+// and every short one for where those match a pattern by accident.
 func freshLabels() []string {
 	const letters = "abcdefghijklmnopqrstuvwxyz0123456789"
-	b := make([]byte, 16)
-	for i := range b {
-		b[i] = letters[rand.IntN(len(letters))]
+	var labels []string
+	for range 3 {
+		b := make([]byte, 16)
+		for i := range b {
+			b[i] = letters[rand.IntN(len(letters))]
+		}
+		labels = append(labels, string(b))
 	}
-	return append([]string{string(b)}, strings.Split(letters, "")...)
+	short := strings.Split(letters, "")
+	rand.Shuffle(len(short), func(i, j int) { short[i], short[j] = short[j], short[i] })
+	return append(labels, short...)
 }
 
 // meanings gives rules that say the same one number, in both policies. Rules that
@@ -345,7 +354,7 @@ const (
 
 // classes calls emit for every class, without its set.
 func (d *differ) classes(emit func(class)) {
-	d.paired = 0
+	d.paired, d.work = 0, 0
 	for k, p := range d.sides {
 		p.names.records(func(name string, exact, below posting) {
 			otherExact, otherBelow := d.sides[1-k].names.lookup(name)
@@ -357,7 +366,11 @@ func (d *differ) classes(emit func(class)) {
 			}
 			if below != 0 || otherBelow != 0 {
 				emit(class{kind: classBelow, text: belowText(name), base: name, name: d.childOf(name)})
-				d.overlaps(emit, belowPattern(name), len(d.globs))
+				refs := [2]posting{below, otherBelow}
+				if k == 1 {
+					refs = [2]posting{otherBelow, below}
+				}
+				d.overlaps(emit, belowPattern(name), refs, len(d.globs))
 			}
 		})
 	}
@@ -366,7 +379,7 @@ func (d *differ) classes(emit func(class)) {
 		for _, w := range d.witnesses(g.pattern, g.pattern, 1) {
 			emit(class{kind: classWild, text: w.of(g.pattern).text(), whole: g.text, base: g.base, name: w.name})
 		}
-		d.overlaps(emit, g.pattern, i)
+		d.overlaps(emit, g.pattern, g.refs, i)
 	}
 }
 
@@ -385,24 +398,30 @@ func (d *differ) childOf(name string) string {
 	if len(d.globs) == 0 {
 		return join(d.fills[0], name)
 	}
-	return d.plainest(name, 0, func(fill string) string { return join(fill, name) })
+	return d.plainest(name, 0, d.fills, func(fill string) string { return join(fill, name) })
 }
 
 // plainest returns the name that make makes of one of the fills and that matches
 // the fewest patterns besides those for all names below base or below something
 // above it. There are at least least of them.
-func (d *differ) plainest(base string, least int, make func(fill string) string) (best string) {
+func (d *differ) plainest(base string, least int, fills []string, make func(fill string) string) (best string) {
+	globs := 0
+	parents(base, func(n string) bool {
+		globs += len(d.wild[n])
+		return true
+	})
 	fewest := -1
-	for _, fill := range d.fills {
+	for _, fill := range fills {
 		name := make(fill)
 		if name == "" {
 			return ""
 		}
+		d.work += len(d.sides) * globs
 		n := d.special(name, base)
 		if fewest < 0 || n < fewest {
 			best, fewest = name, n
 		}
-		if n <= least {
+		if n <= least || d.work >= maxWork {
 			break
 		}
 	}
@@ -434,17 +453,21 @@ func join(label, name string) string {
 type globAt struct {
 	pattern
 	text string
+	refs [2]posting // by policy
 }
 
 func (d *differ) collectWildcards() {
 	d.wild = map[string][]int{}
-	seen := map[string]bool{}
-	for _, p := range d.sides {
+	index := map[string]int{}
+	for k, p := range d.sides {
 		p.names.wildcards(func(base string, g *glob) {
-			if !seen[g.text] {
-				seen[g.text] = true
-				d.globs = append(d.globs, globAt{pattern{base: base, glob: g.labels, apex: g.apex, below: g.below}, g.text})
+			i, ok := index[g.text]
+			if !ok {
+				i = len(d.globs)
+				index[g.text] = i
+				d.globs = append(d.globs, globAt{pattern: pattern{base: base, glob: g.labels, apex: g.apex, below: g.below}, text: g.text})
 			}
+			d.globs[i].refs[k] = g.refs
 		})
 	}
 	slices.SortFunc(d.globs, func(a, b globAt) int { return strings.Compare(a.text, b.text) })
@@ -453,41 +476,81 @@ func (d *differ) collectWildcards() {
 	}
 }
 
+// changed reports whether the rules of a pattern say something else to some pair.
+func (d *differ) changed(refs [2]posting) bool {
+	is, ok := d.known[refs]
+	if !ok {
+		for i := range d.pairs {
+			var keys [2]string
+			for k := range keys {
+				s := d.sides[k].side(d.pairs[i].group[k], []hit{{refs: refs[k], below: true}})
+				keys[k] = d.saying(k, &s)
+			}
+			is = is || keys[0] != keys[1]
+		}
+		d.known[refs] = is
+	}
+	return is
+}
+
 const (
-	// maxOverlaps bounds with how many others a pattern is paired,
+	// maxOverlaps bounds with how many others a pattern is paired, and maxPairs how
+	// many such pairs are looked at.
 	maxOverlaps = 1000
-	// and maxPairs how many such pairs a Diff looks at.
-	maxPairs = 100_000
+	maxPairs    = 100_000
+	// maxWork bounds how many names are matched with how many patterns to find good
+	// examples; it is worth a few seconds.
+	maxWork = 50_000_000
+	// How many labels are tried in place of "*" for one pattern and for two.
+	fillsAlone, fillsPaired = 10, 3
 )
 
 // overlaps emits the classes of names that match p and one of the globs filed at or
-// above its base; of those at its own base only the ones before index.
-func (d *differ) overlaps(emit func(class), p pattern, index int) {
+// above its base; of those at its own base only the ones before index. Where rules
+// of neither have changed, what they share has not.
+func (d *differ) overlaps(emit func(class), p pattern, refs [2]posting, index int) {
 	if len(d.globs) == 0 {
 		return
 	}
-	n := 0
+	changed, n := d.changed(refs), 0
 	parents(p.base, func(base string) bool {
 		for _, i := range d.wild[base] {
 			if base == p.base && i >= index {
 				break
 			}
-			if n++; n > maxOverlaps || d.paired >= maxPairs {
+			g := &d.globs[i]
+			if !changed && !d.changed(g.refs) {
+				continue
+			}
+			if n > maxOverlaps || d.paired >= maxPairs || d.work >= maxWork {
 				d.partial = true
 				return false
 			}
-			d.paired++
-			g := &d.globs[i]
-			of := [2]string{p.text(), g.text}
-			for _, w := range d.witnesses(p, g.pattern, 1+min(1, len(p.glob))) {
-				emit(class{
-					kind: classOverlap, text: w.of(p).text() + " & " + g.text, whole: of[0] + " & " + of[1],
-					base: p.base, of: of, name: w.name,
-				})
+			d.work++
+			if d.overlap(emit, p, g) {
+				n++
+				d.paired++
 			}
 		}
 		return true
 	})
+}
+
+// overlap emits the classes of names that match p and g, and reports whether there
+// are any.
+func (d *differ) overlap(emit func(class), p pattern, g *globAt) bool {
+	both := d.witnesses(p, g.pattern, 1+min(1, len(p.glob)))
+	if len(both) == 0 {
+		return false
+	}
+	of := [2]string{p.text(), g.text}
+	for _, w := range both {
+		emit(class{
+			kind: classOverlap, text: w.of(p).text() + " & " + g.text, whole: of[0] + " & " + of[1],
+			base: p.base, of: of, name: w.name,
+		})
+	}
+	return true
 }
 
 // A witnessed is one name that matches a pattern.
@@ -520,7 +583,11 @@ func (d *differ) witnesses(a, b pattern, least int) (out []witnessed) {
 		if len(b.base) > len(base) {
 			base = b.base
 		}
-		if name := d.plainest(base, least, func(fill string) string { return witness(la, lb, fill, further) }); name != "" {
+		fills := d.fills[:fillsAlone]
+		if least > 1 {
+			fills = d.fills[:fillsPaired]
+		}
+		if name := d.plainest(base, least, fills, func(fill string) string { return witness(la, lb, fill, further) }); name != "" {
 			out = append(out, witnessed{name, further})
 		}
 	}

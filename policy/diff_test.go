@@ -160,6 +160,27 @@ func TestDiff(t *testing.T) {
 	check("group without sources", g(""), g("")+"- {name: base, allow: [b.test]}\n")
 }
 
+// TestDiffOfManyWildcards shows that what was not looked at is not called the same.
+func TestDiffOfManyWildcards(t *testing.T) {
+	load := func(n int, deny ...string) *Policy {
+		g := Group{Name: "g", Sources: []string{"10.0.0.0/8"}, Deny: bare(deny...)}
+		for i := range n {
+			g.Allow = append(g.Allow, bare(fmt.Sprintf("*-a%d.b.test", i))...)
+		}
+		return mustCompile(t, &Document{Version: 1, Groups: []Group{g}})
+	}
+	few, many := load(100), load(maxOverlaps+100)
+	if c := Diff(few, load(100, "eu-*.b.test"), at); c.Partial || len(c.Groups) != 1 || len(c.Groups[0].Changes) != 100 {
+		t.Errorf("partial %v: %v", c.Partial, summary(c))
+	}
+	if c := Diff(many, load(maxOverlaps+100, "eu-*.b.test"), at); !c.Partial || c.Empty() {
+		t.Error("a difference with too many overlaps claims to be whole")
+	}
+	if c := Diff(many, many, at); !c.Empty() {
+		t.Errorf("%v", summary(c))
+	}
+}
+
 // A probe is a Request and what two policies make of it.
 type probe struct {
 	r        Request

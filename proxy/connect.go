@@ -73,7 +73,7 @@ func (s *Server) serveConnect(client net.Conn, source netip.AddrPort, start time
 func (c *connect) open(target, host string) (net.Conn, *refusal) {
 	name, addr, port, err := policy.ParseAuthority(target)
 	if err != nil {
-		c.ev.Name = clip(target)
+		c.ev.Name = shown(target)
 		return nil, badRequest(c.decision, err)
 	}
 	c.request.Name, c.request.Address, c.request.Port = name, addr.Unmap(), port
@@ -160,6 +160,8 @@ type firstBytes struct {
 	left  bool // it closed without having said anything
 }
 
+var errOtherRecord = errors.New("a TLS record that is no handshake comes first")
+
 var errLeft = errors.New("the client closed before it said anything")
 
 // inspect reads what the client says first, as far as it must be known, and
@@ -233,6 +235,9 @@ func (c *connect) saw(p policy.Protocol) *refusal {
 // sawPlain decides on a beginning that is not TLS: HTTP, where it may be, or
 // something that nothing is known about.
 func (c *connect) sawPlain(raw []byte) (firstBytes, *refusal) {
+	if len(raw) > 1 && raw[0] >= 20 && raw[0] <= 24 && raw[1] == 3 { // TLS record types (RFC 8446, section 5.1)
+		return firstBytes{bytes: raw}, c.helloRefused(policy.ReasonHelloMalformed, errOtherRecord)
+	}
 	if c.decision.Inspect&policy.InspectHTTP != 0 {
 		var is bool
 		if raw, is = c.awaitMethod(raw); is {

@@ -98,7 +98,7 @@ func TestConnectBadTarget(t *testing.T) {
 		if resp.StatusCode != 400 || resp.Header.Get("X-Sallyport-Reason") != "bad_request" {
 			t.Errorf("CONNECT %q: %s", target, resp.Status)
 		}
-		if ev := g.next(); ev.Kind != event.Connect || ev.Decision.Reason != policy.ReasonBadRequest || ev.Status != 400 || ev.Name != clip(target) || ev.Error == "" {
+		if ev := g.next(); ev.Kind != event.Connect || ev.Decision.Reason != policy.ReasonBadRequest || ev.Status != 400 || ev.Name != shown(target) || ev.Error == "" {
 			t.Errorf("CONNECT %q: event %+v", target, ev)
 		}
 	}

@@ -32,6 +32,10 @@ const (
 	idleTime    = 90 * time.Second
 
 	copySize = 32 << 10 // bytes of a body moved at a time
+
+	// bodyPatience is how long the rest of a request's body is taken in after the
+	// response, so that the client receives that.
+	bodyPatience = time.Second
 )
 
 var copyBuffers = sync.Pool{New: func() any { return new([copySize]byte) }}
@@ -45,7 +49,8 @@ type exchange struct {
 	http.ResponseWriter
 	s      *Server
 	client *clientConn
-	json   bool // the client prefers JSON
+	json   bool          // the client prefers JSON
+	body   *countingBody // of the request; nil: none
 
 	ev       event.Event
 	request  policy.Request  // what was asked before the dial; not changed then, for the dial reads it
@@ -128,6 +133,12 @@ func (s *Server) newExchange(c *clientConn, w http.ResponseWriter, r *http.Reque
 	ex.ev.Method = clip(r.Method)
 	ex.ev.UserAgent = clip(r.UserAgent())
 	ex.json = wantsJSON(r.Header.Get("Accept"))
+	if r.ContentLength != 0 {
+		ex.body = &countingBody{ReadCloser: r.Body, n: &ex.up, more: ex.totalUp()}
+		// Otherwise net/http takes in the rest of the body before it sends a byte of
+		// the response. An error means an HTTP version that never did.
+		http.NewResponseController(w).EnableFullDuplex()
+	}
 	return ex
 }
 
@@ -139,6 +150,9 @@ func (ex *exchange) finish(r *http.Request) {
 		ex.s.crashed(crash)
 	}
 	if !ex.taken {
+		if ex.unread() { // what is left of the body is not waited for
+			http.NewResponseController(ex.ResponseWriter).SetReadDeadline(time.Now().Add(bodyPatience))
+		}
 		r.Body.Close() // a round trip that outlives the handler must not read on
 		ex.ev.Decision = ex.decision
 		ex.ev.BytesUp, ex.ev.BytesDown = ex.up.Load(), ex.down.Load()
@@ -157,8 +171,14 @@ func (ex *exchange) admit(r *http.Request) *refusal {
 	if session != nil {
 		ex.decision = session.tunnel.ev.Decision
 	}
-	if r.URL.Host == "" && session == nil || r.Method == http.MethodConnect {
+	switch {
+	case r.Method == http.MethodConnect:
+		return ex.malformed(errors.New("a CONNECT inside a CONNECT"))
+	case r.URL.Host != "":
+	case session == nil:
 		return ex.malformed(errors.New("the request target is not an absolute URI"))
+	case r.URL.Scheme != "" || r.URL.Opaque != "" || !strings.HasPrefix(r.RequestURI, "/") && r.RequestURI != "*":
+		return ex.malformed(errors.New("the request target is neither a path nor an http:// URI"))
 	}
 	if r.URL.Host != "" && (r.URL.Scheme != "http" || r.URL.User != nil) {
 		return ex.malformed(errors.New("only http:// URIs without user information are forwarded"))
@@ -172,7 +192,7 @@ func (ex *exchange) admit(r *http.Request) *refusal {
 	}
 	name, addr, port, err := policy.ParseAuthority(host)
 	if err != nil {
-		ex.ev.Name = clip(host)
+		ex.ev.Name = shown(host)
 		return ex.malformed(err)
 	}
 	addr = addr.Unmap()
@@ -244,13 +264,10 @@ func (ex *exchange) forward(r *http.Request) {
 	ctx := context.WithValue(r.Context(), exchangeKey{}, ex)
 	out := r.WithContext(httptrace.WithClientTrace(ctx, trace))
 	prepare(out)
-	if r.ContentLength == 0 {
+	if ex.body == nil {
 		out.Body = http.NoBody
 	} else {
-		out.Body = &countingBody{ReadCloser: r.Body, n: &ex.up, more: ex.totalUp()}
-		// Otherwise net/http takes in the rest of the body before it sends a byte of
-		// the response. An error means an HTTP version that never did.
-		http.NewResponseController(ex.ResponseWriter).EnableFullDuplex()
+		out.Body = ex.body
 	}
 	ex.s.goproxy.ServeHTTP(ex, out)
 }
@@ -334,6 +351,11 @@ func (ex *exchange) failed(r *http.Request, err error) *http.Response {
 		panic(http.ErrAbortHandler)
 	}
 	refused := exchangeFailed(ex.decision, err)
+	if ex.body != nil {
+		if err := ex.body.problem(); err != nil { // not the far side's fault
+			refused = badRequest(ex.decision, fmt.Errorf("body of the request: %w", err))
+		}
+	}
 	ex.decision = refused.decision
 	note(&ex.ev, refused.err)
 	a := ex.s.answer(refused, &ex.ev, ex.json)
@@ -371,12 +393,23 @@ func (ex *exchange) gotConn(info httptrace.GotConnInfo) {
 	req.Destination = ex.ev.Destination.Addr()
 	if d := ex.s.cfg.Decider.Decide(req); d.Passes() {
 		ex.decision = d
+	} else {
+		// The rule that opened this connection has expired since. net/http dials
+		// another one, which is decided from the start.
+		info.Conn.Close()
 	}
 }
+
+// unread reports whether something of the request's body has not been read, or
+// cannot be. What follows on the connection is then no request to be trusted.
+func (ex *exchange) unread() bool { return ex.body != nil && !ex.body.ended.Load() }
 
 // WriteHeader notes the status for the event.
 func (ex *exchange) WriteHeader(status int) {
 	ex.ev.Status = status
+	if ex.unread() {
+		ex.Header().Set("Connection", "close")
+	}
 	ex.ResponseWriter.WriteHeader(status)
 }
 
@@ -422,14 +455,32 @@ type countingBody struct {
 	io.ReadCloser
 	n, more *atomic.Int64
 	failed  *error // set if reading fails; nil: not wanted
+
+	ended  atomic.Bool // it was read to its end
+	broken atomic.Pointer[error]
+}
+
+// problem returns what reading failed with, or nil.
+func (b *countingBody) problem() error {
+	if err := b.broken.Load(); err != nil {
+		return *err
+	}
+	return nil
 }
 
 func (b *countingBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
 	b.n.Add(int64(n))
 	b.more.Add(int64(n))
-	if err != nil && err != io.EOF && b.failed != nil {
-		*b.failed = err
+	switch {
+	case err == nil:
+	case errors.Is(err, io.EOF):
+		b.ended.Store(true)
+	default:
+		b.broken.CompareAndSwap(nil, &err)
+		if b.failed != nil {
+			*b.failed = err
+		}
 	}
 	return n, err
 }

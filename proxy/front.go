@@ -83,7 +83,7 @@ func (s *Server) refuseHead(conn net.Conn, source netip.AddrPort, start time.Tim
 	kind := event.HTTP
 	if h.isConnect() {
 		kind = event.Connect
-		c.ev.Name = clip(string(h.target))
+		c.ev.Name = shown(string(h.target))
 	}
 	name := c.ev.Name
 	c.ev = s.newEvent(kind, source, start)

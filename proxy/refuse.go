@@ -277,5 +277,11 @@ func printable(s string) string {
 	}, clip(s))
 }
 
+// shown returns a target that cannot be parsed as events show it: without user
+// information, which may hold a password.
+func shown(target string) string {
+	return clip(target[strings.LastIndexByte(target, '@')+1:])
+}
+
 // clip returns a copy of s that shares no memory with it, cut to maxShown bytes.
 func clip(s string) string { return strings.Clone(s[:min(len(s), maxShown)]) }

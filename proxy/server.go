@@ -271,6 +271,7 @@ func (s *Server) register(t *tunnel, generation uint64) {
 	}
 	if s.generation.Load() != generation {
 		t.recheck()
+		t.cutRevoked()
 	}
 }
 
@@ -280,7 +281,8 @@ func (s *Server) register(t *tunnel, generation uint64) {
 // anew.
 func (s *Server) Recheck() {
 	s.generation.Add(1)
-	s.tunnels.each((*tunnel).recheck)
+	s.tunnels.each((*tunnel).recheck) // all before the first is cut: one may carry another
+	s.tunnels.each((*tunnel).cutRevoked)
 	s.pools.retire()
 }
 

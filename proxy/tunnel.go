@@ -84,11 +84,18 @@ func (t *tunnel) cut() {
 	}
 }
 
-// recheck decides t again and cuts it if it no longer passes.
+// recheck decides t again and notes if it no longer passes.
 func (t *tunnel) recheck() {
 	req := t.request
 	req.Time = time.Now()
-	if d := t.s.cfg.Decider.Decide(req); !d.Passes() && t.revoked.CompareAndSwap(nil, &d) {
+	if d := t.s.cfg.Decider.Decide(req); !d.Passes() {
+		t.revoked.CompareAndSwap(nil, &d)
+	}
+}
+
+// cutRevoked ends t if a recheck said so.
+func (t *tunnel) cutRevoked() {
+	if t.revoked.Load() != nil {
 		t.cut()
 	}
 }

@@ -53,7 +53,11 @@ func (ex *exchange) upgrade(r *http.Request, protocol string) {
 	if !ex.taken && ex.client.session == nil {
 		ex.s.tunnels.release(ex.request.Source)
 	}
-	if refused != nil {
+	switch {
+	case refused == nil:
+	case r.Context().Err() != nil: // nobody reads an answer, and the far side has not failed
+		ex.broken = errClientLeft
+	default:
 		ex.refuse(refused)
 	}
 }
