@@ -180,6 +180,7 @@ func scrub(kept, m *dns.Msg, k key) (end string, ok bool) {
 	if !ok {
 		return "", false
 	}
+	made := dnames(m.Answer, owners)
 	for _, rr := range m.Answer {
 		h := rr.Header()
 		if h.Class != dns.ClassINET {
@@ -193,7 +194,9 @@ func scrub(kept, m *dns.Msg, k key) (end string, ok bool) {
 		switch typ {
 		case k.qtype, dns.TypeCNAME:
 		case dns.TypeDNAME: // owned by an ancestor (RFC 6672)
-			on = slices.ContainsFunc(owners, func(o string) bool { return dns.IsSubDomain(h.Name, o) })
+			on = slices.ContainsFunc(made, func(d *dns.DNAME) bool {
+				return d == rr || h.Rrtype == dns.TypeRRSIG && strings.EqualFold(d.Hdr.Name, h.Name)
+			})
 		default:
 			on = false
 		}
@@ -201,17 +204,59 @@ func scrub(kept, m *dns.Msg, k key) (end string, ok bool) {
 			kept.Answer = append(kept.Answer, rr)
 		}
 	}
+	end = owners[len(owners)-1]
+	negative := !holds(kept.Answer, end, k.qtype)
 	for _, rr := range m.Ns {
-		switch rr.Header().Rrtype {
-		case dns.TypeSOA:
+		h := rr.Header()
+		typ, keep := h.Rrtype, false
+		if sig, ok := rr.(*dns.RRSIG); ok && k.do {
+			typ, keep = sig.TypeCovered, true
+		}
+		switch typ {
+		case dns.TypeSOA: // of a zone that end is in, to say how long it has nothing (RFC 2308, section 3)
+			keep = negative && dns.IsSubDomain(h.Name, end)
+		case dns.TypeNSEC, dns.TypeNSEC3:
+			keep = k.do
+		}
+		if keep {
 			kept.Ns = append(kept.Ns, rr)
-		case dns.TypeNSEC, dns.TypeNSEC3, dns.TypeRRSIG:
-			if k.do {
-				kept.Ns = append(kept.Ns, rr)
-			}
 		}
 	}
-	return owners[len(owners)-1], true
+	return end, true
+}
+
+// dnames returns the DNAMEs in answer that an alias of owners was made from (RFC
+// 6672, section 3.1). Others say nothing about the question.
+func dnames(answer []dns.RR, owners []string) (made []*dns.DNAME) {
+	var aliases []*dns.CNAME
+	for _, o := range owners {
+		if c := aliasOf(answer, o); c != nil {
+			aliases = append(aliases, c)
+		}
+	}
+	for _, rr := range answer {
+		d, ok := rr.(*dns.DNAME)
+		if ok && slices.ContainsFunc(aliases, func(c *dns.CNAME) bool { return synthesizes(d, c) }) {
+			made = append(made, d)
+		}
+	}
+	return made
+}
+
+// synthesizes reports whether c is what d makes of c's owner.
+func synthesizes(d *dns.DNAME, c *dns.CNAME) bool {
+	labels := len(c.Hdr.Name) - len(d.Hdr.Name)
+	return labels > 0 && dns.IsSubDomain(d.Hdr.Name, c.Hdr.Name) && strings.EqualFold(c.Target, c.Hdr.Name[:labels]+d.Target)
+}
+
+// aliasOf returns the first alias of name in answer, or nil.
+func aliasOf(answer []dns.RR, name string) *dns.CNAME {
+	for _, rr := range answer {
+		if c, ok := rr.(*dns.CNAME); ok && strings.EqualFold(c.Hdr.Name, name) {
+			return c
+		}
+	}
+	return nil
 }
 
 // chain returns the names that the aliases in answer lead through, first k's own;
@@ -222,14 +267,11 @@ func chain(answer []dns.RR, k key) (names []string, ok bool) {
 		return names, true
 	}
 	for range maxChain {
-		last := names[len(names)-1]
-		i := slices.IndexFunc(answer, func(rr dns.RR) bool {
-			return rr.Header().Rrtype == dns.TypeCNAME && strings.EqualFold(rr.Header().Name, last)
-		})
-		if i < 0 {
+		c := aliasOf(answer, names[len(names)-1])
+		if c == nil {
 			return names, true
 		}
-		names = append(names, answer[i].(*dns.CNAME).Target)
+		names = append(names, c.Target)
 	}
 	return nil, false
 }

@@ -46,7 +46,9 @@ type Config struct {
 	Records []Record       // answered locally, whatever the upstreams say
 
 	// HostsFile is answered before anything else, and read again when its size or
-	// modification time changes. "": no hosts file.
+	// modification time changes. "": no hosts file. It and ResolvConf must be regular
+	// files: nothing else is opened, and what was read before stays. Lines of over
+	// 64 KiB are skipped.
 	HostsFile string
 
 	Deny         Denial       // how a refusal looks; "" is DenyRefused

@@ -4,13 +4,15 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/rs/zerolog"
 )
 
-func TestNewReportsEveryMistake(t *testing.T) {
-	_, err := New(Config{
+func TestNewAndCheckReportEveryMistake(t *testing.T) {
+	c := Config{
 		Listen:       []string{"localhost:53", "127.0.0.1:1053", ":99999", "127.0.0.1"},
 		Upstreams:    []string{"127.0.0.1:1053", "dns.test", ""},
-		Zones:        []Zone{{Zone: "-bad-", Upstreams: []string{"192.0.2.1"}}, {Zone: "a.test"}, {Zone: "A.test.", Upstreams: []string{"x"}}},
+		Zones:        []Zone{{Zone: "-bad-", Upstreams: []string{"192.0.2.1"}}, {Zone: "a.test"}, {Zone: "A.test.", Upstreams: []string{"x"}}, {Zone: "c.test", Upstreams: []string{"192.0.2.1", "tcp://127.0.0.1:1053"}}},
 		Deny:         "drop",
 		HTTPSRecords: "strip",
 		CNAMEs:       "follow",
@@ -26,16 +28,22 @@ func TestNewReportsEveryMistake(t *testing.T) {
 			{Name: "a.test", Type: "A", Value: "192.0.2.1", TTL: time.Millisecond},
 			{Name: "b.test", Type: "CNAME", Value: "c.test"},
 			{Name: "b.test", Type: "TXT", Value: "x"},
+			{Name: "d.test", Type: "TXT", Value: "x", TTL: 1500 * time.Millisecond},
 		},
-	})
+	}
+	err := Check(c)
 	if err == nil {
-		t.Fatal("New() took it")
+		t.Fatal("Check() took it")
+	}
+	if _, nerr := New(c); nerr == nil || nerr.Error() != err.Error() {
+		t.Errorf("New() = %v, want what Check() says", nerr)
 	}
 	got := err.Error()
 	for _, want := range []string{
 		`dns.listen[0]: "localhost:53"`, "dns.listen[2]:", "dns.listen[3]:",
 		"dns.upstreams[0]: \"127.0.0.1:1053\" is this resolver itself", `dns.upstreams[1]: "dns.test"`, `dns.upstreams[2]: ""`,
 		"dns.zones[0].zone:", "dns.zones[1].upstreams:", "dns.zones[2].zone:", "dns.zones[2].upstreams[0]:",
+		`dns.zones[3].upstreams[1]: "tcp://127.0.0.1:1053" is this resolver itself`, "dns.records[9]: ttl: 1.5s is not in whole seconds",
 		`dns.deny: "drop"`, `dns.https_records: "strip"`, `dns.cnames: "follow"`, "dns.edns_size: 100",
 		"dns.cache.size: -1", "dns.cache.min_ttl: 1h0m0s is above", "dns.cache.serve_stale:",
 		"dns.records[0]: name:", "dns.records[1]: value:", "dns.records[2]: type:", "dns.records[3]: value:", "dns.records[4]: value:",
@@ -67,5 +75,16 @@ func TestLoopsAreSeen(t *testing.T) {
 		if err == nil {
 			r.Close()
 		}
+	}
+}
+
+func TestCheckTouchesNothing(t *testing.T) {
+	log := new(logs)
+	c := Config{HostsFile: t.TempDir(), ResolvConf: t.TempDir(), Listen: []string{"127.0.0.1:0"}, Logger: zerolog.New(log)}
+	if err := Check(c); err != nil {
+		t.Errorf("Check() = %v", err)
+	}
+	if lines := log.with(""); len(lines) > 0 {
+		t.Errorf("logged %q: a file was looked at", lines)
 	}
 }

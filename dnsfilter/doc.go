@@ -26,12 +26,14 @@
 // With CNAMEs trust, the chain of a listed name is answered whole, wherever it
 // leads; with inspect, every name on the way must be allowed for the source too.
 // Either way an alias's target is no more listed than before: a client that asks
-// for it by itself is refused as usual, and CONNECT to it as well.
+// for it by itself is refused as usual, and CONNECT to it as well. What inspect
+// refuses is not asked for, as far as an upstream leaves the chain to us.
 //
 // # The operator's own answers
 //
 // Config.Records are answered to every source that belongs to a group, unless a
-// deny rule covers the name: they go nowhere. A record that is a CNAME to
+// deny rule covers the name: they go nowhere. What the hosts file says about such a
+// name counts instead, for clients and the proxy alike. A record that is a CNAME to
 // a name elsewhere does go somewhere, and its name is decided like any other.
 // Names of the hosts file are decided like any other as well; the file only says
 // what their addresses are (and that they have no HTTPS or SVCB records). Private

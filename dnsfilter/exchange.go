@@ -21,6 +21,9 @@ const (
 	maxIdle      = 5 * time.Second // reused at most this long after their last answer; servers close soon after (RFC 7766, section 6.2.3)
 )
 
+// errMalformed is an answer to the question asked whose records cannot be read.
+var errMalformed = errors.New("malformed answer")
+
 // An exchanger asks one server one question. The answer matches the query's
 // question, and its ID as sent. The context has a deadline.
 type exchanger interface {
@@ -66,9 +69,13 @@ func (d *datagram) ask(ctx context.Context, c net.Conn, query *dns.Msg) (*dns.Ms
 		}
 		m := new(dns.Msg)
 		malformed := m.Unpack(p)
-		if answers(m, q) && (malformed == nil || m.Truncated) {
-			return m, nil
+		if !answers(m, q) {
+			continue
 		}
+		if malformed != nil && !m.Truncated {
+			return nil, fmt.Errorf("%w: %w", errMalformed, malformed)
+		}
+		return m, nil
 	}
 }
 
@@ -91,7 +98,7 @@ type idleConn struct {
 
 func (s *stream) exchange(ctx context.Context, query *dns.Msg) (*dns.Msg, error) {
 	if c := s.take(); c != nil {
-		if m, err := s.ask(ctx, c, query); err == nil || ctx.Err() != nil {
+		if m, err := s.ask(ctx, c, query); err == nil || errors.Is(err, errMalformed) || ctx.Err() != nil {
 			return m, err
 		}
 		// The server may have closed it while it was idle: that is no failure yet.
@@ -125,11 +132,19 @@ func roundTrip(c *dns.Conn, q *dns.Msg) (*dns.Msg, error) {
 		return nil, err
 	}
 	m, err := c.ReadMsg()
-	if err == nil && !answers(m, q) {
-		err = errors.New("the answer does not match the question")
-	}
-	if err != nil {
+	if m == nil {
 		return nil, err
+	}
+	return matching(m, err, q)
+}
+
+// matching returns m if it answers q and could be unpacked.
+func matching(m *dns.Msg, unpacked error, q *dns.Msg) (*dns.Msg, error) {
+	switch {
+	case !answers(m, q):
+		return nil, errors.Join(errors.New("the answer does not match the question"), unpacked)
+	case unpacked != nil:
+		return nil, fmt.Errorf("%w: %w", errMalformed, unpacked)
 	}
 	return m, nil
 }
@@ -230,13 +245,7 @@ func (d *doh) exchange(ctx context.Context, query *dns.Msg) (*dns.Msg, error) {
 		return nil, err
 	}
 	m := new(dns.Msg)
-	if err := m.Unpack(p); err != nil {
-		return nil, err
-	}
-	if !answers(m, &q) {
-		return nil, errors.New("the answer does not match the question")
-	}
-	return m, nil
+	return matching(m, m.Unpack(p), &q)
 }
 
 func (d *doh) close() { d.client.CloseIdleConnections() }

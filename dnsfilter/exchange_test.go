@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+	"github.com/rs/zerolog"
 )
 
 // raw packs m with changes and sends it.
@@ -42,10 +43,6 @@ func TestAnswersThatDoNotMatchAreIgnored(t *testing.T) {
 		"a query":     func(w dns.ResponseWriter, m *dns.Msg) { raw(w, m, func(m *dns.Msg) { m.Response = false }) },
 		"opcode":      func(w dns.ResponseWriter, m *dns.Msg) { raw(w, m, func(m *dns.Msg) { m.Opcode = dns.OpcodeNotify }) },
 		"short":       func(w dns.ResponseWriter, m *dns.Msg) { w.Write([]byte{1, 2, 3}) },
-		"cut": func(w dns.ResponseWriter, m *dns.Msg) {
-			p, _ := m.Pack()
-			w.Write(p[:len(p)-5])
-		},
 		"from elsewhere": func(w dns.ResponseWriter, m *dns.Msg) {
 			c, err := net.Dial("udp", w.RemoteAddr().String())
 			if err == nil {
@@ -448,4 +445,55 @@ func TestStreamAnswersInPieces(t *testing.T) {
 		t.Errorf("answer = %q", got)
 	}
 	<-done
+}
+
+func TestMalformedAnswersEndTheExchange(t *testing.T) {
+	cut := func(w dns.ResponseWriter, q, m *dns.Msg) {
+		p, _ := m.Pack()
+		w.Write(p[:len(p)-5])
+	}
+	for _, scheme := range []string{"udp://", "tcp://"} {
+		t.Run(scheme, func(t *testing.T) {
+			o := newOrigin(t, "a.test. 0 IN A 192.0.2.1")
+			r := newResolver(t, Config{Upstreams: []string{scheme + o.addr}}, nil)
+			get(t, r, "a.test", dns.TypeA)
+			o.set(func(w dns.ResponseWriter, q, m *dns.Msg) { m.Extra = nil; cut(w, q, m) })
+			begin := time.Now()
+			rep := get(t, r, "a.test", dns.TypeA)
+			if took := time.Since(begin); rep.err == nil || !strings.Contains(rep.err.Error(), "malformed answer") || took > tryTimeout/2 {
+				t.Errorf("reply = %+v after %v", rep, took)
+			}
+			if !r.UpstreamOK() || !r.pool.order()[0].penalty(time.Now()).IsZero() {
+				t.Error("an upstream that answers counts as one that does not")
+			}
+		})
+	}
+}
+
+func TestTheFailureOfAllUpstreamsIsLoggedOnce(t *testing.T) {
+	log := new(logs)
+	one, two := newOrigin(t, "a.test. 0 IN A 192.0.2.1"), newOrigin(t, "a.test. 0 IN A 192.0.2.1")
+	r := newResolver(t, Config{Upstreams: []string{"tcp://" + one.addr, "tcp://" + two.addr}, Logger: zerolog.New(log)}, nil)
+	hangUp := func(w dns.ResponseWriter, _, _ *dns.Msg) { w.Close() }
+	want := func(warnings, infos int) {
+		t.Helper()
+		if w, i := log.with(`"warn"`), log.with(`"info"`); len(w) != warnings || len(i) != infos {
+			t.Errorf("logged %q and %q, want %d and %d", w, i, warnings, infos)
+		}
+	}
+	one.set(hangUp)
+	get(t, r, "a.test", dns.TypeA)
+	want(0, 0)
+	for n := 1; n < 3; n++ {
+		two.set(hangUp)
+		for range 3 {
+			get(t, r, "a.test", dns.TypeA)
+		}
+		want(n, n-1)
+		two.set(nil)
+		for range 3 {
+			get(t, r, "a.test", dns.TypeA)
+		}
+		want(n, n)
+	}
 }

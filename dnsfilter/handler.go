@@ -118,15 +118,17 @@ func (s *Server) answer(ctx context.Context, qu *query, now time.Time) (*reply, 
 	case s.cfg.HTTPSRecords == HTTPSNodata && (k.qtype == dns.TypeHTTPS || k.qtype == dns.TypeSVCB):
 		return &reply{local: true}, d, 0
 	}
-	rep, err := s.resolver.resolve(ctx, k)
+	rep, err := s.resolver.resolve(ctx, k, s.inspector(req))
 	asked := s.cfg.Now().Sub(now)
 	if err != nil {
 		rep = &reply{rcode: dns.RcodeServerFailure, ede: dns.ExtendedErrorCodeNotReady, err: err}
 	}
-	if !rep.local {
+	if !rep.local || !rep.next.IsZero() {
 		final := s.filter(rep, req, d)
 		if !final.Passes() && final.Reason != policy.ReasonPrivateDestination {
+			why := rep.err
 			rep = refusal(s.cfg.Deny, final, qu.q)
+			rep.err = why
 		}
 		d = final
 	}
@@ -148,7 +150,7 @@ func (s *Server) decide(req *policy.Request, name string) policy.Decision {
 // ownRecords answers from Config.Records, if they have the whole answer to k and
 // *d does not say that the source is unknown or the name denied. It corrects *d.
 func (s *Server) ownRecords(k key, d *policy.Decision) (*reply, bool) {
-	rep := s.resolver.records.reply(k)
+	rep := s.resolver.recorded(k)
 	if rep == nil || !rep.next.IsZero() || d.Reason == policy.ReasonUnmatchedSource || d.Reason == policy.ReasonExplicitDeny || isMeta(k.qtype) {
 		return nil, false
 	}

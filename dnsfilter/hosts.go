@@ -12,9 +12,11 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/miekg/dns"
+	"github.com/rs/zerolog"
 
 	"sallyport/policy"
 )
@@ -22,6 +24,7 @@ import (
 const (
 	fileCheck    = time.Second // how often a file is looked at, at most
 	maxFile      = 64 << 20    // bytes read of one
+	maxHostsLine = 64 << 10    // bytes
 	hostsTTL     = 10          // seconds; the file may change at any time
 	maxHostAddrs = 64          // kept for one name
 )
@@ -66,7 +69,7 @@ func (w *watched) read(size int64) error {
 	if size > maxFile {
 		return fmt.Errorf("%s is larger than %d bytes", w.path, maxFile)
 	}
-	f, err := os.Open(w.path)
+	f, err := openRegular(w.path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return errors.Join(err, w.load(strings.NewReader("")))
 	}
@@ -74,20 +77,53 @@ func (w *watched) read(size int64) error {
 		return err
 	}
 	defer f.Close()
-	if err := w.load(io.LimitReader(f, maxFile)); err != nil {
-		return fmt.Errorf("read %s: %w", w.path, err)
+	return w.load(io.LimitReader(f, maxFile))
+}
+
+// openRegular opens path, unless opening or reading it could block or do
+// something: only regular files are opened.
+func openRegular(path string) (*os.File, error) {
+	info, err := os.Stat(path)
+	if err == nil {
+		err = checkRegular(path, info)
 	}
-	return nil
+	if err != nil {
+		return nil, err
+	}
+	// It may have been replaced since: O_NONBLOCK keeps a FIFO from blocking here.
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	if info, err = f.Stat(); err == nil {
+		err = checkRegular(path, info)
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func checkRegular(path string, info fs.FileInfo) error {
+	switch mode := info.Mode(); {
+	case mode.IsRegular():
+		return nil
+	case mode.IsDir():
+		return fmt.Errorf("open %s: it is a folder; name a regular file", path)
+	}
+	return fmt.Errorf("open %s: it is a pipe, socket or device; name a regular file", path)
 }
 
 // hosts is a hosts file (hosts(5)): names and their addresses.
 type hosts struct {
-	file  *watched
-	table atomic.Pointer[map[policy.Name][]netip.Addr]
+	file   *watched
+	logger zerolog.Logger
+	table  atomic.Pointer[map[policy.Name][]netip.Addr]
 }
 
-func newHosts(path string, now func() time.Time) *hosts {
-	h := new(hosts)
+func newHosts(path string, now func() time.Time, logger zerolog.Logger) *hosts {
+	h := &hosts{logger: logger}
 	h.table.Store(new(map[policy.Name][]netip.Addr))
 	h.file = &watched{path: path, now: now, load: h.load}
 	return h
@@ -95,34 +131,61 @@ func newHosts(path string, now func() time.Time) *hosts {
 
 func (h *hosts) load(r io.Reader) error {
 	table := make(map[policy.Name][]netip.Addr)
-	lines := bufio.NewScanner(r)
-	for lines.Scan() {
-		line, _, _ := strings.Cut(lines.Text(), "#")
-		fields := strings.Fields(line)
-		if len(fields) < 2 {
-			continue
+	lines := bufio.NewReaderSize(r, maxHostsLine)
+	first, skipped := 0, 0
+	for n, long := 1, false; ; {
+		line, more, err := lines.ReadLine()
+		if err == io.EOF {
+			break
 		}
-		addr, err := netip.ParseAddr(fields[0])
-		if err != nil || addr.Zone() != "" { // a zone has no form in the DNS
-			continue
+		if err != nil {
+			return err
 		}
-		for _, f := range fields[1:] {
-			name, err := policy.ParseName(f)
-			if err == nil && len(table[name]) < maxHostAddrs && !slices.Contains(table[name], addr.Unmap()) {
-				table[name] = append(table[name], addr.Unmap())
+		switch {
+		case !more && !long:
+			addHosts(table, string(line))
+		case !long:
+			if skipped++; first == 0 {
+				first = n
 			}
 		}
+		if long = more; !more {
+			n++
+		}
 	}
-	if err := lines.Err(); err != nil {
-		return err
+	if skipped > 0 {
+		h.logger.Warn().Str("file", h.file.path).Int("line", first).Int("skipped", skipped).
+			Msgf("lines of over %d bytes are skipped, this is the first; split them, an address may stand on several lines", maxHostsLine)
 	}
 	h.table.Store(&table)
 	return nil
 }
 
+// addHosts adds to table what a line says.
+func addHosts(table map[policy.Name][]netip.Addr, line string) {
+	line, _, _ = strings.Cut(line, "#")
+	fields := strings.Fields(line)
+	if len(fields) < 2 {
+		return
+	}
+	addr, err := netip.ParseAddr(fields[0])
+	if err != nil || addr.Zone() != "" { // a zone has no form in the DNS
+		return
+	}
+	for _, f := range fields[1:] {
+		name, err := policy.ParseName(f)
+		if err == nil && len(table[name]) < maxHostAddrs && !slices.Contains(table[name], addr.Unmap()) {
+			table[name] = append(table[name], addr.Unmap())
+		}
+	}
+}
+
 // reply answers what asks for the addresses of a name in the file, or could
-// lead around them; nil for everything else.
+// lead around them; nil for everything else, and without a file.
 func (h *hosts) reply(k key) *reply {
+	if h == nil {
+		return nil
+	}
 	switch k.qtype {
 	case dns.TypeA, dns.TypeAAAA, dns.TypeHTTPS, dns.TypeSVCB:
 	default:

@@ -55,27 +55,53 @@ func (l *listener) pause() bool {
 // conns are the open TCP connections.
 type conns struct {
 	refused *atomic.Uint64
+	known   func(source netip.Addr) bool // whether a group has it
+	full    func()                       // is told when others are turned away for those that are open
 
 	mu        sync.Mutex // guards what follows
 	open      map[*conn]struct{}
 	perSource map[netip.Addr]int
 }
 
-// add registers c, or returns nil if there are too many.
+// add registers c, or returns nil if there are too many: of all, or of its source.
+// The second half of all is kept for sources that a group has, so that others can
+// not take every connection by leaving theirs idle.
 func (cs *conns) add(c net.Conn) *conn {
 	kept := &conn{Conn: c, conns: cs}
 	if a, ok := c.RemoteAddr().(*net.TCPAddr); ok {
 		kept.source = a.AddrPort().Addr().Unmap()
 	}
-	cs.mu.Lock()
-	defer cs.mu.Unlock()
-	if len(cs.open) >= maxConns || cs.perSource[kept.source] >= maxSourceConns {
+	limit := maxConns
+	if cs.count() >= maxConns/2 && !cs.known(kept.source.WithZone("")) {
+		limit = maxConns / 2
+	}
+	if room, ok := cs.take(kept, limit); !ok {
 		cs.refused.Add(1)
+		if !room {
+			cs.full()
+		}
 		return nil
 	}
-	cs.open[kept] = struct{}{}
-	cs.perSource[kept.source]++
 	return kept
+}
+
+// take registers c if fewer than limit are open, and its source has not too many.
+// It returns whether there was room for another source's, and for c.
+func (cs *conns) take(c *conn, limit int) (room, ok bool) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	if room = len(cs.open) < limit; !room || cs.perSource[c.source] >= maxSourceConns {
+		return room, false
+	}
+	cs.open[c] = struct{}{}
+	cs.perSource[c.source]++
+	return room, true
+}
+
+func (cs *conns) count() int {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	return len(cs.open)
 }
 
 func (cs *conns) remove(c *conn) {

@@ -72,7 +72,7 @@ func (r *Resolver) families(ctx context.Context, name policy.Name, qtypes []uint
 			continue
 		}
 		asking.Go(func() {
-			rep, err := r.resolve(ctx, k)
+			rep, err := r.resolve(ctx, k, nil)
 			results <- addresses(i, rep, err)
 		})
 	}

@@ -56,6 +56,9 @@ func (r Record) parse() (policy.Name, dns.RR, error) {
 	if ttl < time.Second || ttl > maxTTL {
 		return name, nil, fmt.Errorf("ttl: %v is not between 1s and %v", r.TTL, maxTTL)
 	}
+	if ttl%time.Second != 0 {
+		return name, nil, fmt.Errorf("ttl: %v is not in whole seconds", r.TTL)
+	}
 	rr, err := parseValue(strings.ToUpper(r.Type), r.Value)
 	if err != nil {
 		return name, nil, err
@@ -128,14 +131,19 @@ func splitText(s string) []string {
 }
 
 // reply answers for a name that has records, following aliases as long as they
-// lead to other records; nil for other names.
-func (rs records) reply(k key) *reply {
+// lead to other records; nil for other names. What h says about one of the names
+// counts instead of its records.
+func (rs records) reply(k key, h *hosts) *reply {
 	sets, ok := rs[k.name]
 	if !ok {
 		return nil
 	}
 	rep := &reply{local: true}
 	for range maxChain {
+		if known := h.reply(k); known != nil {
+			rep.answer = append(rep.answer, known.answer...)
+			return rep
+		}
 		for _, rr := range sets[k.qtype] {
 			rep.answer = append(rep.answer, dns.Copy(rr))
 		}

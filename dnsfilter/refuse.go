@@ -1,6 +1,7 @@
 package dnsfilter
 
 import (
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -41,7 +42,7 @@ func refusal(denial Denial, d policy.Decision, q dns.Question) *reply {
 // It returns the decision on what is left: d, or a denial if nothing of it is.
 func (s *Server) filter(rep *reply, req policy.Request, d policy.Decision) policy.Decision {
 	if s.cfg.CNAMEs == CNAMEsInspect {
-		if denied, ok := s.inspect(rep.answer, req); !ok {
+		if denied, ok := s.inspect(rep, req); !ok {
 			return denied
 		}
 	}
@@ -90,23 +91,44 @@ func (s *Server) filter(rep *reply, req policy.Request, d policy.Decision) polic
 	return private
 }
 
-// inspect decides every name that the answer leads to. It returns the first
-// denial, if there is one.
-func (s *Server) inspect(answer []dns.RR, req policy.Request) (policy.Decision, bool) {
-	for _, rr := range answer {
-		var target string
-		switch sb := serviceBinding(rr); {
-		case sb != nil:
-			target = sb.Target
-		case rr.Header().Rrtype == dns.TypeCNAME:
-			target = rr.(*dns.CNAME).Target
-		}
+// inspector returns what says whether the resolver may ask for the name that the
+// aliases in an answer to req lead to; nil if it always may.
+func (s *Server) inspector(req policy.Request) func(*reply) bool {
+	if s.cfg.CNAMEs != CNAMEsInspect {
+		return nil
+	}
+	return func(rep *reply) bool {
+		_, ok := s.inspect(rep, req)
+		return ok
+	}
+}
+
+// inspect decides every name that rep leads to. It returns the first denial, if
+// there is one, and notes in rep which name it was.
+func (s *Server) inspect(rep *reply, req policy.Request) (policy.Decision, bool) {
+	for _, rr := range rep.answer {
+		target := targetOf(rr)
 		if target == "" || target == "." || strings.EqualFold(target, rr.Header().Name) {
 			continue
 		}
 		if d := s.decide(&req, target); !d.Passes() {
+			rep.err = fmt.Errorf("alias to %s: %v", strings.TrimSuffix(target, "."), d.Reason)
 			return d, false
 		}
 	}
 	return policy.Decision{}, true
+}
+
+// targetOf returns the name that rr leads to, "" if it is no alias.
+func targetOf(rr dns.RR) string {
+	switch rr := rr.(type) {
+	case *dns.CNAME:
+		return rr.Target
+	case *dns.DNAME:
+		return rr.Target
+	}
+	if sb := serviceBinding(rr); sb != nil {
+		return sb.Target
+	}
+	return ""
 }

@@ -58,16 +58,16 @@ type counts struct {
 
 // Stats are numbers since the start, but for CacheEntries, CacheBytes and InFlight.
 type Stats struct {
-	CacheHits        uint64 // answered from the cache
-	CacheMisses      uint64 // not in the cache, or past its TTL
-	CacheStale       uint64 // answered from the cache past the TTL, also counted as misses
+	CacheHits        uint64 // answered from the cache within the TTL
+	CacheMisses      uint64 // answered by upstreams or not at all; counted when that is known
+	CacheStale       uint64 // answered from the cache past the TTL; neither hits nor misses
 	CacheEvictions   uint64 // forgotten for lack of room
 	CacheEntries     int    // answers in the cache
 	CacheBytes       int64  // their size in bytes
 	InFlight         int    // questions being asked of upstreams
-	Coalesced        uint64 // misses that waited for somebody else's question
+	Coalesced        uint64 // lookups that waited for somebody else's question
 	UpstreamQueries  uint64 // exchanges with upstreams
-	UpstreamFailures uint64 // exchanges that ended without an answer
+	UpstreamFailures uint64 // exchanges that ended without an answer, or with a malformed one
 	Dropped          uint64 // queries and connections dropped because too many were under way
 	Malformed        uint64 // packets that are no query to answer: FORMERR, NOTIMP, BADVERS, or ignored
 }
@@ -82,6 +82,31 @@ type flight struct {
 // settings file. It reads the hosts file and resolv.conf but sends nothing. The
 // caller calls Close in the end.
 func New(c Config) (*Resolver, error) {
+	r, err := parse(c)
+	if err != nil {
+		return nil, err
+	}
+	r.cache = newCache(r.cfg.Cache)
+	r.life, r.end = context.WithCancel(context.Background())
+	if len(c.Upstreams) == 0 {
+		r.useSystem()
+	}
+	if c.HostsFile != "" {
+		r.hosts = newHosts(c.HostsFile, r.cfg.Now, c.Logger)
+		r.refreshHosts()
+	}
+	return r, nil
+}
+
+// Check returns every mistake that New would find in c, as New says them. It
+// reads no files, binds nothing and sends nothing.
+func Check(c Config) error {
+	_, err := parse(c)
+	return err
+}
+
+// parse returns the parts of a Resolver that take no more than c, or every mistake in c.
+func parse(c Config) (*Resolver, error) {
 	c = c.withDefaults()
 	r := &Resolver{
 		cfg:     c,
@@ -93,32 +118,22 @@ func New(c Config) (*Resolver, error) {
 	var err error
 	r.records, err = parseRecords(c.Records)
 	errs = append(errs, err)
-	ups, err := parseUpstreams("dns.upstreams", c.Upstreams, c.RootCAs)
+	ups, err := c.parseUpstreams("dns.upstreams", c.Upstreams)
 	errs = append(errs, err)
-	for i, u := range ups {
-		if c.listensOn(u.addr) {
-			errs = append(errs, fmt.Errorf("dns.upstreams[%d]: %q is this resolver itself", i, u.text))
-		}
-	}
-	r.pool = r.newPool(ups)
+	r.pool = r.newPool("", ups)
 	errs = append(errs, r.addZones())
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
-	r.cache = newCache(c.Cache)
-	r.life, r.end = context.WithCancel(context.Background())
-	if len(c.Upstreams) == 0 {
-		r.useSystem()
-	}
-	if c.HostsFile != "" {
-		r.hosts = newHosts(c.HostsFile, c.Now)
-		r.refreshHosts()
-	}
 	return r, nil
 }
 
-func (r *Resolver) newPool(ups []*upstream) *pool {
-	p := &pool{now: r.cfg.Now, timing: &r.timing, sent: &r.counts.sent, failed: &r.counts.failed}
+// newPool returns the pool of a zone, "" for the names that are in none.
+func (r *Resolver) newPool(zone string, ups []*upstream) *pool {
+	p := &pool{now: r.cfg.Now, timing: &r.timing, sent: &r.counts.sent, failed: &r.counts.failed, logger: r.cfg.Logger}
+	if zone != "" {
+		p.logger = p.logger.With().Str("zone", zone).Logger()
+	}
 	p.ups.Store(&ups)
 	return p
 }
@@ -134,12 +149,12 @@ func (r *Resolver) addZones() error {
 		if r.zones[name.String()] != nil {
 			errs = append(errs, fmt.Errorf("%s.zone: %s is there already; put all its upstreams together", path, name))
 		}
-		ups, err := parseUpstreams(path+".upstreams", z.Upstreams, r.cfg.RootCAs)
+		ups, err := r.cfg.parseUpstreams(path+".upstreams", z.Upstreams)
 		errs = append(errs, err)
 		if len(z.Upstreams) == 0 {
 			errs = append(errs, fmt.Errorf("%s.upstreams: none; a zone needs servers to ask", path))
 		}
-		r.zones[name.String()] = r.newPool(ups)
+		r.zones[name.String()] = r.newPool(name.String(), ups)
 	}
 	return errors.Join(errs...)
 }
@@ -190,8 +205,11 @@ func (r *Resolver) loadResolvConf(f io.Reader) error {
 }
 
 func (r *Resolver) refreshHosts() {
+	if r.hosts == nil {
+		return
+	}
 	if err := r.hosts.file.refresh(); err != nil {
-		r.cfg.Logger.Warn().Err(err).Msg("cannot read the hosts file")
+		r.cfg.Logger.Warn().Err(err).Msg(`cannot read the hosts file; mend it or dns.hosts_file, "" is none`)
 	}
 }
 
@@ -240,12 +258,17 @@ func (r *Resolver) UpstreamOK() bool { return !r.pool.failing() }
 
 // resolve returns the whole answer to k, following aliases that an upstream or a
 // local record leaves open. The error is that of ctx, or that the Resolver is busy or closed;
-// what upstreams failed at is in the reply.
-func (r *Resolver) resolve(ctx context.Context, k key) (*reply, error) {
+// what upstreams failed at is in the reply. If follow is not nil, it is asked before
+// each alias that is followed; when it says no, the reply is what there is so far,
+// with next set.
+func (r *Resolver) resolve(ctx context.Context, k key, follow func(*reply) bool) (*reply, error) {
 	rep, err := r.lookup(ctx, k)
 	for hops := 0; err == nil && !rep.next.IsZero(); hops++ {
 		if hops == maxChain {
 			return &reply{rcode: dns.RcodeServerFailure, err: errors.New("too many aliases")}, nil
+		}
+		if follow != nil && !follow(rep) {
+			return rep, nil
 		}
 		k.name = rep.next
 		var more *reply
@@ -262,16 +285,18 @@ func (r *Resolver) lookup(ctx context.Context, k key) (*reply, error) {
 	if rep != nil {
 		return rep, nil
 	}
-	r.counts.misses.Add(1)
 	e := stale
 	if stale == nil || retry {
 		var err error
 		if e, err = r.fetch(ctx, k, stale); err != nil {
+			r.counts.misses.Add(1)
 			return nil, err
 		}
 	}
 	if e == stale {
 		r.counts.stale.Add(1)
+	} else {
+		r.counts.misses.Add(1)
 	}
 	return e.reply(r.cfg.Now(), e == stale), nil
 }
@@ -279,13 +304,11 @@ func (r *Resolver) lookup(ctx context.Context, k key) (*reply, error) {
 // known returns the answer to k as far as it takes no upstream, or what stands in
 // if the upstreams fail and whether to ask them.
 func (r *Resolver) known(k key) (rep *reply, stale *entry, retry bool) {
-	if r.hosts != nil {
-		r.refreshHosts()
-		if rep := r.hosts.reply(k); rep != nil {
-			return rep, nil, false
-		}
+	r.refreshHosts()
+	if rep := r.hosts.reply(k); rep != nil {
+		return rep, nil, false
 	}
-	if rep := r.records.reply(k); rep != nil {
+	if rep := r.records.reply(k, r.hosts); rep != nil {
 		return rep, nil, false
 	}
 	now := r.cfg.Now()
@@ -295,6 +318,12 @@ func (r *Resolver) known(k key) (rep *reply, stale *entry, retry bool) {
 	}
 	r.counts.hits.Add(1)
 	return fresh.reply(now, false), nil, false
+}
+
+// recorded returns the answer to k if its name has records, else nil.
+func (r *Resolver) recorded(k key) *reply {
+	r.refreshHosts()
+	return r.records.reply(k, r.hosts)
 }
 
 // fetch asks the upstreams, together with everybody who asks the same. It gives

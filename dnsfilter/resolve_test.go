@@ -2,6 +2,7 @@ package dnsfilter
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -21,7 +22,7 @@ const mib = 1 << 20
 // get resolves a question and returns the answer as a message.
 func get(t testing.TB, r *Resolver, name string, qtype uint16) *reply {
 	t.Helper()
-	rep, err := r.resolve(context.Background(), key{name: policy.MustName(name), qtype: qtype})
+	rep, err := r.resolve(context.Background(), key{name: policy.MustName(name), qtype: qtype}, nil)
 	if err != nil {
 		t.Fatalf("resolve %s: %v", name, err)
 	}
@@ -158,12 +159,18 @@ func TestServeStale(t *testing.T) {
 	if rep := get(t, r, "absent.test", dns.TypeA); rep.rcode != dns.RcodeNameError || rep.ede != dns.ExtendedErrorCodeStaleNXDOMAINAnswer {
 		t.Errorf("stale reply = %+v", rep)
 	}
-	if s := r.Stats(); s.CacheStale != 4 {
-		t.Errorf("CacheStale = %d", s.CacheStale)
+	if s := r.Stats(); s.CacheStale != 4 || s.CacheMisses != 2 || s.CacheHits != 0 {
+		t.Errorf("Stats() = %+v, want 4 stale, 2 misses", s)
 	}
 
 	release := make(chan struct{})
-	o.set(func(w dns.ResponseWriter, q, m *dns.Msg) { <-release; w.WriteMsg(m) })
+	o.set(func(w dns.ResponseWriter, q, m *dns.Msg) {
+		if s := r.Stats(); s.CacheMisses != 2 {
+			t.Errorf("CacheMisses = %d before it is known what is answered", s.CacheMisses)
+		}
+		<-release
+		w.WriteMsg(m)
+	})
 	now.advance(staleRetry)
 	if rep := get(t, r, "a.test", dns.TypeA); rep.ede != dns.ExtendedErrorCodeStaleAnswer {
 		t.Errorf("reply of a slow upstream = %+v", rep)
@@ -211,7 +218,7 @@ func TestWhoGivesUpDoesNotStopTheOthers(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	gone := make(chan error, 1)
 	go func() {
-		_, err := r.resolve(ctx, key{name: policy.MustName("a.test"), qtype: dns.TypeA})
+		_, err := r.resolve(ctx, key{name: policy.MustName("a.test"), qtype: dns.TypeA}, nil)
 		gone <- err
 	}()
 	<-asked
@@ -233,7 +240,7 @@ func TestQuestionsUnderWayAreBounded(t *testing.T) {
 		r.flights[key{name: policy.MustName(fmt.Sprintf("n%d.test", i))}] = &flight{}
 	}
 	r.mu.Unlock()
-	if _, err := r.resolve(context.Background(), key{name: policy.MustName("a.test"), qtype: dns.TypeA}); err != errBusy {
+	if _, err := r.resolve(context.Background(), key{name: policy.MustName("a.test"), qtype: dns.TypeA}, nil); err != errBusy {
 		t.Errorf("resolve() = %v, want %v", err, errBusy)
 	}
 	clear(r.flights)
@@ -363,7 +370,9 @@ func TestHostsFile(t *testing.T) {
 	if got := get(t, r, "db.test", dns.TypeA).data(); got[0] != "A 10.0.0.77" {
 		t.Errorf("after a change: %v", got)
 	}
-	write(strings.Repeat("x", 1<<17)) // no hosts file: a line that does not end
+	if err := errors.Join(os.Remove(path), os.Mkdir(path, 0o700)); err != nil {
+		t.Fatal(err)
+	}
 	now.advance(fileCheck)
 	if got := get(t, r, "db.test", dns.TypeA).data(); got[0] != "A 10.0.0.77" {
 		t.Errorf("after a change for the worse: %v", got)
@@ -443,4 +452,53 @@ func TestClosedResolver(t *testing.T) {
 	if _, err := r.LookupNetIP(context.Background(), "ip", "b.test"); err == nil {
 		t.Error("LookupNetIP() after Close went well")
 	}
+}
+
+func TestALyingUpstreamsSOAAndDNAMEAreNotPassedOn(t *testing.T) {
+	o := newOrigin(t)
+	r := newResolver(t, Config{}, o)
+	for _, tt := range []struct {
+		name              string
+		rcode             int
+		answer, ns        []string
+		wantData, wantSOA string
+	}{
+		{"negative", dns.RcodeNameError, nil, []string{soa}, "", "test."},
+		{"own zone", dns.RcodeSuccess, nil, []string{"a.test. 60 IN SOA ns.test. admin.test. 1 1 1 1 1"}, "", "a.test."},
+		{"behind an alias", dns.RcodeNameError, []string{"a.test. 60 IN CNAME b.other."}, []string{"other. 60 IN SOA ns.test. admin.test. 1 1 1 1 1"}, "CNAME b.other.", "other."},
+		{"positive", dns.RcodeSuccess, []string{"a.test. 60 IN A 192.0.2.1"}, []string{soa}, "A 192.0.2.1", ""},
+		{"elsewhere", dns.RcodeNameError, nil, []string{"secret.evil. 60 IN SOA data.evil. more.evil. 1 1 1 1 1"}, "", ""},
+		{"below", dns.RcodeNameError, nil, []string{"x.a.test. 60 IN SOA ns.test. admin.test. 1 1 1 1 1"}, "", ""},
+		{"DNAME alone", dns.RcodeSuccess, []string{"test. 60 IN DNAME evil.", "a.test. 60 IN A 192.0.2.1"}, nil, "A 192.0.2.1", ""},
+		{"DNAME of another CNAME", dns.RcodeSuccess, []string{"test. 60 IN DNAME evil.", "a.test. 60 IN CNAME a.new.", "a.new. 60 IN A 192.0.2.1"}, nil, "CNAME a.new.,A 192.0.2.1", ""},
+		{"DNAME", dns.RcodeSuccess, []string{"Test. 60 IN DNAME new.", "a.test. 60 IN CNAME A.new.", "a.new. 60 IN A 192.0.2.1"}, nil, "DNAME new.,CNAME A.new.,A 192.0.2.1", ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			o.set(func(w dns.ResponseWriter, q, m *dns.Msg) {
+				m.Rcode, m.Answer, m.Ns = tt.rcode, parseRRs(t, tt.answer), parseRRs(t, tt.ns)
+				w.WriteMsg(m)
+			})
+			rep := get(t, r, "a.test", dns.TypeA)
+			got := ""
+			for _, rr := range rep.authority {
+				got += rr.Header().Name
+			}
+			if d := strings.Join(rep.data(), ","); d != tt.wantData || got != tt.wantSOA {
+				t.Errorf("answer = %s with SOA %q, want %s with %q", d, got, tt.wantData, tt.wantSOA)
+			}
+		})
+	}
+}
+
+func parseRRs(t *testing.T, lines []string) (rrs []dns.RR) {
+	t.Helper()
+	for _, l := range lines {
+		rr, err := dns.NewRR(l)
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		rrs = append(rrs, rr)
+	}
+	return rrs
 }

@@ -10,11 +10,13 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+
+	"sallyport/policy"
 )
 
 const (
 	maxInFlight    = 4096             // UDP queries under way; more are dropped
-	maxConns       = 1024             // TCP connections, each with one query under way
+	maxConns       = 1024             // TCP connections, each with one query under way; half of them for known sources only
 	maxSourceConns = 128              // TCP connections of one address
 	firstQuery     = 5 * time.Second  // for a TCP connection to send its first query
 	idleTimeout    = 10 * time.Second // between queries on a TCP connection (RFC 7766, section 6.2.3)
@@ -54,6 +56,14 @@ func NewServer(r *Resolver) *Server {
 	s.conns.open = make(map[*conn]struct{})
 	s.conns.perSource = make(map[netip.Addr]int)
 	s.conns.refused = &r.counts.dropped
+	s.conns.known = func(source netip.Addr) bool {
+		d := s.cfg.Decider.Decide(policy.Request{Source: source, Protocol: policy.ProtocolDNS, Time: s.cfg.Now()})
+		return d.Reason != policy.ReasonUnmatchedSource
+	}
+	s.conns.full = sync.OnceFunc(func() {
+		s.cfg.Logger.Warn().Int("limit", maxConns).
+			Msg("TCP connections to the resolver are refused: too many are open; from half the limit on, only sources of a group get more. Said once")
+	})
 	s.life, s.end = context.WithCancel(context.Background())
 	return s
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -117,6 +118,45 @@ func TestT45ChainOfAListedNameIsWholeButItsTargetsAreNotListed(t *testing.T) {
 		wantData(t, b.ask(t, alice, "udp", question("in.cdn.test.", dns.TypeA)), "CNAME api.ok.test.", "A 192.0.2.8")
 		wantRcode(t, b.ask(t, alice, "udp", question("svc.cdn.test.", dns.TypeHTTPS)), dns.RcodeRefused, 0)
 	})
+}
+
+func TestInspectDecidesBeforeItAsks(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "hosts")
+	writeHosts(t, path, "192.0.2.8 evil.test\n")
+	o := newOrigin(t, "www.cdn.test. 60 IN CNAME b.else.test.", "b.else.test. 60 IN A 192.0.2.7",
+		"in.cdn.test. 60 IN CNAME api.ok.test.", "api.ok.test. 60 IN A 192.0.2.8")
+	b := start(t, Config{Decider: people, CNAMEs: CNAMEsInspect, HostsFile: path, Records: []Record{
+		{Name: "rec.cdn.test", Type: "CNAME", Value: "b.else.test"}, {Name: "hosts.cdn.test", Type: "CNAME", Value: "evil.test"},
+	}}, o)
+	o.set(func(w dns.ResponseWriter, q, m *dns.Msg) {
+		m.Answer = m.Answer[:1] // an upstream that does not follow aliases
+		w.WriteMsg(m)
+	})
+	for name, alias := range map[string]string{"www.cdn.test": "b.else.test", "rec.cdn.test": "b.else.test", "hosts.cdn.test": "evil.test"} {
+		wantRcode(t, b.ask(t, alice, "udp", withEDNS(question(name+".", dns.TypeA))), dns.RcodeRefused, dns.ExtendedErrorCodeBlocked)
+		if ev := b.events.of(t, alice, name+" A"); !strings.Contains(ev.Error, alias) || ev.Decision.Reason != policy.ReasonNotListed {
+			t.Errorf("event = %+v, want %s named", ev, alias)
+		}
+	}
+	if n := b.packets(); n != 1 {
+		t.Errorf("%d packets went upstream, want 1", n)
+	}
+	wantData(t, b.ask(t, alice, "udp", question("in.cdn.test.", dns.TypeA)), "CNAME api.ok.test.", "A 192.0.2.8")
+}
+
+func TestInspectDecidesTheTargetOfADNAME(t *testing.T) {
+	o := newOrigin(t)
+	o.set(func(w dns.ResponseWriter, q, m *dns.Msg) {
+		m.Rcode, m.Answer = 0, parseRRs(t, []string{"cdn.test. 60 IN DNAME new.test.", "x.cdn.test. 60 IN CNAME x.new.test.", "x.new.test. 60 IN A 192.0.2.9"})
+		w.WriteMsg(m)
+	})
+	for _, tt := range []struct {
+		names []string
+		rcode int
+	}{{[]string{"x.cdn.test", "x.new.test"}, dns.RcodeRefused}, {[]string{"x.cdn.test", "x.new.test", "new.test"}, dns.RcodeSuccess}} {
+		b := start(t, Config{Decider: fakePolicy{alice: {names: tt.names}}, CNAMEs: CNAMEsInspect}, o)
+		wantRcode(t, b.ask(t, alice, "udp", question("x.cdn.test.", dns.TypeA)), tt.rcode, 0)
+	}
 }
 
 func TestT46UnlistedAliasOfAListedNameIsRefused(t *testing.T) {

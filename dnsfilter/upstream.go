@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+	"github.com/rs/zerolog"
 
 	"sallyport/policy"
 )
@@ -78,7 +79,9 @@ type pool struct {
 	now     func() time.Time
 	timing  *timing
 	sent    *atomic.Uint64 // exchanges begun
-	failed  *atomic.Uint64 // exchanges without an answer
+	failed  *atomic.Uint64 // exchanges without an answer that can be read
+	logger  zerolog.Logger
+	down    atomic.Bool // it has been logged that all fail
 }
 
 // order returns the upstreams, those that failed lately last.
@@ -125,7 +128,24 @@ func (p *pool) exchange(ctx context.Context, query *dns.Msg) (*dns.Msg, error) {
 			break
 		}
 	}
+	p.warn(ctx, last)
 	return nil, last
+}
+
+// warn logs that all upstreams fail, err being the last failure, unless it has been
+// logged since one answered.
+func (p *pool) warn(ctx context.Context, err error) {
+	if !errors.Is(ctx.Err(), context.Canceled) && len(*p.ups.Load()) > 0 && p.failing() && p.down.CompareAndSwap(false, true) {
+		p.logger.Warn().Err(err).Msg("no upstream answers; check dns.upstreams, dns.zones and the way there")
+	}
+}
+
+// answered notes that u has answered, and logs it if all had failed.
+func (p *pool) answered(u *upstream) {
+	u.note(p.now(), true)
+	if p.down.CompareAndSwap(true, false) {
+		p.logger.Info().Str("upstream", u.text).Msg("an upstream answers again")
+	}
 }
 
 // ask does one exchange within its share of the time.
@@ -134,9 +154,13 @@ func (p *pool) ask(ctx context.Context, u *upstream, query *dns.Msg) (*dns.Msg, 
 	defer cancel()
 	p.sent.Add(1)
 	m, err := u.exchange(try, query)
-	if err == nil {
-		u.note(p.now(), true)
-	} else if !errors.Is(ctx.Err(), context.Canceled) { // which says nothing about u
+	switch {
+	case err == nil:
+		p.answered(u)
+	case errors.Is(err, errMalformed): // it is there, and not slow
+		p.failed.Add(1)
+		p.answered(u)
+	case !errors.Is(ctx.Err(), context.Canceled): // which says nothing about u
 		p.failed.Add(1)
 		u.note(p.now(), false)
 	}
@@ -162,6 +186,7 @@ func (p *pool) probe(ctx context.Context) error {
 		}
 		last = fmt.Errorf("upstream %s: %w", u.text, err)
 	}
+	p.warn(ctx, last)
 	return last
 }
 
@@ -183,11 +208,14 @@ func (p *pool) close() {
 }
 
 // parseUpstreams returns the upstreams of texts, and every mistake under path.
-func parseUpstreams(path string, texts []string, roots *x509.CertPool) ([]*upstream, error) {
+func (c Config) parseUpstreams(path string, texts []string) ([]*upstream, error) {
 	var ups []*upstream
 	var errs []error
 	for i, s := range texts {
-		u, err := parseUpstream(s, roots)
+		u, err := parseUpstream(s, c.RootCAs)
+		if err == nil && c.listensOn(u.addr) {
+			err = fmt.Errorf("%q is this resolver itself", s)
+		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s[%d]: %w", path, i, err))
 			continue
