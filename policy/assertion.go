@@ -81,7 +81,7 @@ func ParseAssertions(file string, data []byte) (*Assertions, error) {
 	switch {
 	case root == nil:
 		if n, err := parseYAML(data); err == nil && (n == nil || n.Tag == "!!null") && len(d.errs) == 1 {
-			d.errs[0].Err = errors.New("the file is empty; begin it with tests:")
+			d.errs[0].Err = errors.New("the file is empty; begin it with the key tests")
 		}
 	case root.Kind != yaml.MappingNode:
 		d.fail(root, nil, "want keys and values, not %s; begin the file with tests: and indent what follows", describe(root))
@@ -137,7 +137,7 @@ func (d *decoder) checkAssertions(a *Assertions) {
 // Pos returns the place of path, such as tests[2].source, or of its nearest
 // ancestor if nothing is written there.
 func (a *Assertions) Pos(path string) Pos {
-	return (&Document{positions: a.positions}).pos(path)
+	return a.positions.find(path)
 }
 
 // Holds reports whether d is what a expects.

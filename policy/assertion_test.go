@@ -47,7 +47,7 @@ func TestParseAssertionsMistakes(t *testing.T) {
 			t.Errorf("%s:\n%s\nwant:\n%s", name, got, strings.Join(want, "\n"))
 		}
 	}
-	check("empty", "# nothing\n", `t.yaml:1:1: the file is empty; begin it with tests:`)
+	check("empty", "# nothing\n", `t.yaml:1:1: the file is empty; begin it with the key tests`)
 	check("a list", "- {source: 10.0.0.1}\n", `t.yaml:1:1: want keys and values, not a list; begin the file with tests: and indent what follows`)
 	check("no tests", "tests: []\n", `t.yaml:1:8: tests: there is no test here; write tests: [{source: 10.20.1.5, target: "api.example.com:443", expect: allow}]`)
 	check("keys", "tests:\n- {source: 10.0.0.1, taget: a.test:443, expect: allow}\n- {target: a.test:443}\n",
@@ -105,4 +105,28 @@ func TestAssertionHolds(t *testing.T) {
 			t.Errorf("%+v.Holds(%+v) = %v", tt.a, tt.d, got)
 		}
 	}
+}
+
+// FuzzParseAssertions shows that no text stops the parser, that mistakes have their
+// places, and that what is accepted is complete.
+func FuzzParseAssertions(f *testing.F) {
+	f.Add("tests:\n- {source: 10.0.0.1, target: a.test:443, expect: allow}\n")
+	f.Add("at: 2027-01-01\ntests:\n  - source: ::1\n    dns: a.test\n    qtype: TXT\n    expect: deny\n    reason: not_listed\n    rule: \"@l\"\n")
+	f.Add("tests: []\n")
+	f.Add("- *a\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		a, err := ParseAssertions("t.yaml", []byte(text))
+		if err != nil {
+			checkErrors(t, []byte(strings.TrimPrefix(text, "\ufeff")), err)
+			return
+		}
+		if len(a.Tests) == 0 {
+			t.Fatal("no tests, and no mistake")
+		}
+		for i := range a.Tests {
+			if x := &a.Tests[i]; x.Source == "" && x.Expect == "" || (x.Target == "") == (x.DNS == "") {
+				t.Fatalf("incomplete: %+v", x)
+			}
+		}
+	})
 }

@@ -103,7 +103,8 @@ type listUse struct {
 }
 
 func (c *compiler) fail(path, format string, args ...any) {
-	c.failAt(c.doc.pos(path), path, fmt.Errorf(format, args...))
+	pos, path := c.doc.locate(path)
+	c.failAt(pos, path, fmt.Errorf(format, args...))
 }
 
 func (c *compiler) failAt(pos Pos, path string, err error) {
@@ -114,7 +115,8 @@ func (c *compiler) failAt(pos Pos, path string, err error) {
 
 // report adds a warning.
 func (c *compiler) report(kind, path, format string, args ...any) {
-	c.reportAt(c.doc.pos(path), kind, path, format, args...)
+	pos, path := c.doc.locate(path)
+	c.reportAt(pos, kind, path, format, args...)
 }
 
 func (c *compiler) reportAt(pos Pos, kind, path, format string, args ...any) {
@@ -706,7 +708,8 @@ func (c *compiler) add(path string, pat pattern, refs posting) {
 
 // checkSuffix judges an allow pattern that is spread over a whole public suffix.
 func (c *compiler) checkSuffix(path string, pat pattern) {
-	c.judgeSuffix(c.doc.pos(path), path, pat)
+	pos, path := c.doc.locate(path)
+	c.judgeSuffix(pos, path, pat)
 }
 
 func (c *compiler) judgeSuffix(pos Pos, path string, pat pattern) {

@@ -1,7 +1,6 @@
 package policy
 
 import (
-	"errors"
 	"fmt"
 	"reflect"
 	"slices"
@@ -10,34 +9,6 @@ import (
 
 	"go.yaml.in/yaml/v3"
 )
-
-// Load parses and compiles the policy text data. file names it in messages. The
-// error is an Errors with the mistakes of both steps, so that one look is enough
-// to mend a file; with an error there is no Policy.
-func Load(file string, data []byte, o Options) (*Policy, []*Error, error) {
-	doc, err := ParseDocument(file, data)
-	if err == nil {
-		return Compile(doc, o)
-	}
-	var mistakes, more Errors
-	if doc == nil || !errors.As(err, &mistakes) {
-		return nil, nil, err
-	}
-	hidden := slices.ContainsFunc(mistakes, hidesNames)
-	_, _, err = Compile(doc, o)
-	errors.As(err, &more)
-	all := slices.Clone(mistakes)
-	for _, e := range more {
-		if hidden && errors.Is(e, errNoSuch) {
-			continue
-		}
-		if !slices.ContainsFunc(mistakes, func(m *Error) bool { return within(m.Path, e.Path) || within(e.Path, m.Path) }) {
-			all = append(all, e)
-		}
-	}
-	sortErrors(all)
-	return nil, nil, all
-}
 
 // hidesNames reports whether e may have cost a group or a list, so that references
 // to it would look like mistakes too.
@@ -64,7 +35,7 @@ func ParseDocument(file string, data []byte) (*Document, error) {
 	d := decoder{file: file}
 	var doc *Document
 	if root := d.parse(data); root != nil {
-		doc = &Document{positions: positions{file, root}}
+		doc = &Document{parts: []part{{positions: positions{file, root}}}}
 		d.value(root, reflect.ValueOf(doc).Elem(), nil, "")
 	}
 	if len(d.errs) > 0 {
@@ -401,18 +372,18 @@ func distance(a, b string) int {
 	return last[len(b)]
 }
 
-// positions finds where a path of the document stood. It keeps the YAML as it was
-// read and looks when asked.
+// positions finds where a path stood. It keeps the YAML as it was read and looks
+// when asked.
 type positions struct {
 	file string
 	root *yaml.Node
 }
 
-// pos returns the place of path: that of its nearest ancestor if nothing is written
+// find returns the place of path: that of its nearest ancestor if nothing is written
 // there, and Pos{} for a document that was not parsed. The names[0] of a rule
 // written as a bare string is that string.
-func (d *Document) pos(path string) Pos {
-	n := d.positions.root
+func (p positions) find(path string) Pos {
+	n := p.root
 	if n == nil {
 		return Pos{}
 	}
@@ -430,7 +401,7 @@ func (d *Document) pos(path string) Pos {
 		}
 		n = next
 	}
-	return Pos{d.positions.file, n.Line, n.Column}
+	return Pos{p.file, n.Line, n.Column}
 }
 
 // child returns what stands in n at a key or, in brackets, an index; nil if nothing does.

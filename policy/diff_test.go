@@ -341,7 +341,7 @@ func mutate(rng *rand.Rand, d *Document) *Document {
 // differs has a line that says so, and whatever a line says differs.
 func TestDiffAgainstDecide(t *testing.T) {
 	rng := rand.New(rand.NewPCG(5, 6))
-	rounds, empty, differing := 1500, 0, 0
+	rounds, empty, differing := 600, 0, 0
 	if testing.Short() {
 		rounds = 200
 	}

@@ -13,7 +13,7 @@ type Document struct {
 	Deny            []Rule  `yaml:"deny,omitempty"`
 	Groups          []Group `yaml:"groups,omitempty"`
 
-	positions positions
+	parts []part // where it was read; none for a Document made in Go
 }
 
 // A List is a named set of name patterns that rules refer to as @name.

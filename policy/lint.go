@@ -255,7 +255,7 @@ func (c *compiler) lintName(s string, to ref, bare bool, seen map[string]bool, p
 	if c.repeated(pat, seen, path) {
 		return
 	}
-	c.lintPattern(pat, []ref{to}, func() (Pos, string) { return c.doc.pos(path), path })
+	c.lintPattern(pat, []ref{to}, func() (Pos, string) { return c.doc.locate(path) })
 }
 
 // repeated reports whether seen has pat, adds it and warns.
@@ -281,7 +281,7 @@ func (c *compiler) lintList(i int) {
 		if err != nil || c.repeated(pat, seen, path) {
 			continue // "@list" is no pattern
 		}
-		c.lintPattern(pat, c.uses[i].refs, func() (Pos, string) { return c.doc.pos(path), path })
+		c.lintPattern(pat, c.uses[i].refs, func() (Pos, string) { return c.doc.locate(path) })
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"sallyport/configs"
+	"sallyport/dnsfilter"
 	"sallyport/internal/config"
 	"sallyport/policy"
 	"sallyport/policy/provider/file"
@@ -69,7 +70,28 @@ func inspect(o *options, strict bool) *checkReport {
 	}
 	r.source = settings.Policy.Source
 	r.policy, r.warnings, r.err = newSource(settings).load()
+	r.addSettings(settings.File, dnsfilter.Check(dnsConfig(settings.DNS)))
 	return r
+}
+
+// addSettings adds what the resolver finds wrong with its settings.
+func (r *checkReport) addSettings(file string, err error) {
+	if err == nil {
+		return
+	}
+	var mistakes policy.Errors
+	all := []error{err}
+	if joined, ok := err.(interface{ Unwrap() []error }); ok { //nolint:errorlint // one level is what is wanted
+		all = joined.Unwrap()
+	}
+	for _, e := range all {
+		mistakes = append(mistakes, &policy.Error{Pos: policy.Pos{File: file}, Err: e})
+	}
+	if others, ok := errors.AsType[policy.Errors](r.err); ok {
+		r.err = append(mistakes, others...)
+		return
+	}
+	r.err = errors.Join(mistakes, r.err)
 }
 
 func (r *checkReport) ok() bool { return r.err == nil && (!r.strict || len(r.warnings) == 0) }

@@ -100,7 +100,7 @@ func writeChanges(out io.Writer, c *policy.Changes) error {
 // summary counts what differs.
 func summary(c *policy.Changes) string {
 	if c.Empty() {
-		return "same: no decision differs" + partial(c)
+		return "same: no decision differs"
 	}
 	count := map[bool]int{}
 	var modes []string
@@ -127,15 +127,10 @@ func summary(c *policy.Changes) string {
 	if n := len(c.Expiry); n > 0 {
 		s += fmt.Sprintf("; expiry changed: %d", n)
 	}
-	return s + partial(c)
-}
-
-// partial says that c may not be all.
-func partial(c *policy.Changes) string {
-	if !c.Partial {
-		return ""
+	if c.Partial {
+		s += "; not all looked at: patterns with * overlap too often"
 	}
-	return "; patterns with * overlap too often to look at each pair"
+	return s
 }
 
 // groupTitle says for which sources g is.

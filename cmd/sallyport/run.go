@@ -116,9 +116,14 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 }
 
 func (g *gate) dnsConfig() dnsfilter.Config {
-	s := g.settings.DNS
+	c := dnsConfig(g.settings.DNS)
+	c.Decider, c.Observer, c.Logger = &g.store, g.observer, g.logger
+	return c
+}
+
+// dnsConfig returns what the settings say about the resolver.
+func dnsConfig(s config.DNS) dnsfilter.Config {
 	c := dnsfilter.Config{
-		Decider: &g.store, Observer: g.observer, Logger: g.logger,
 		Listen: s.Listen, Upstreams: s.Upstreams, HostsFile: s.HostsFile,
 		Deny: dnsfilter.Denial(s.Deny), HTTPSRecords: dnsfilter.HTTPSRecords(s.HTTPSRecords), CNAMEs: dnsfilter.CNAMEs(s.CNAMEs),
 		MaxUDPSize: s.EDNSSize,

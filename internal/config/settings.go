@@ -108,7 +108,7 @@ type Admin struct {
 
 // Policy says where the policy document comes from.
 type Policy struct {
-	Source string `yaml:"source" kind:"source" doc:"The policy file, relative to this file. The word embedded: the starter policy inside the program."`
+	Source string `yaml:"source" kind:"source" doc:"The policy file, or a folder of policy files (*.yaml, which make up one policy together), relative to this file. The word embedded: the starter policy inside the program."`
 }
 
 // Log says what is written where.

@@ -18,6 +18,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -52,8 +53,10 @@ type Provider struct {
 	files map[string]state // what was read last, by path
 }
 
-// New returns a Provider for the policy file at path. It touches no file.
+// New returns a Provider for the policy file at path, or for the folder of
+// fragments at path. It touches no file.
 func New(path string) *Provider {
+	path = filepath.Clean(path)
 	return &Provider{
 		path:   path,
 		loaded: make(chan struct{}, 1),
@@ -62,8 +65,10 @@ func New(path string) *Provider {
 	}
 }
 
-// Load reads and compiles the policy. Names of list files are relative to the
-// folder of the policy file. Only regular files are read; anything else is refused
+// Load reads and compiles the policy. Of a folder it reads every *.yaml file in the
+// order of names, but for hidden ones; together they are the policy (see
+// [policy.LoadFragments]). Names of list files are relative to the folder of the
+// policy file, or to the folder. Only regular files are read; anything else is refused
 // at once. An error for mistakes in the policy is a [policy.Errors].
 func (p *Provider) Load() (*policy.Policy, []*policy.Error, error) {
 	read := reading{files: map[string]state{}}
@@ -80,24 +85,64 @@ func (p *Provider) Load() (*policy.Policy, []*policy.Error, error) {
 }
 
 func (p *Provider) load(read *reading) (*policy.Policy, []*policy.Error, error) {
-	f, err := read.open(p.path, policy.MaxDocument)
-	if err != nil {
-		return nil, nil, fmt.Errorf("policy: %w", err)
+	files, folder := []string{p.path}, filepath.Dir(p.path)
+	if isFolder(p.path) {
+		var err error
+		if files, err = read.list(p.path); err != nil {
+			return nil, nil, fmt.Errorf("policy: %w", err)
+		}
+		folder = p.path
 	}
-	data, err := io.ReadAll(f)
-	f.Close()
-	if err != nil {
-		return nil, nil, fmt.Errorf("policy: %w", err)
+	var fragments []policy.Fragment
+	for _, name := range files {
+		f, err := read.open(name, policy.MaxDocument)
+		if err != nil {
+			return nil, nil, fmt.Errorf("policy: %w", err)
+		}
+		data, err := io.ReadAll(f)
+		f.Close()
+		if err != nil {
+			return nil, nil, fmt.Errorf("policy: %w", err)
+		}
+		fragments = append(fragments, policy.Fragment{File: name, Data: data})
 	}
-	return policy.Load(p.path, data, policy.Options{
+	return policy.LoadFragments(fragments, policy.Options{
 		Now: time.Now(),
 		Open: func(name string) (io.ReadCloser, error) {
 			if !filepath.IsAbs(name) {
-				name = filepath.Join(filepath.Dir(p.path), name)
+				name = filepath.Join(folder, name)
 			}
 			return read.open(name, maxList)
 		},
 	})
+}
+
+func isFolder(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.IsDir()
+}
+
+// maxFragments bounds the files of a folder.
+const maxFragments = 1000
+
+// list returns the policy files in the folder at path, in the order of names, and
+// notes which there are.
+func (r *reading) list(path string) ([]string, error) {
+	names, err := filepath.Glob(filepath.Join(escapeGlob(path), "[^.]*.yaml"))
+	if err == nil && (len(names) == 0 || len(names) > maxFragments) {
+		err = fmt.Errorf("%s: %d *.yaml files; a folder of policy files has 1 to %d", path, len(names), maxFragments)
+	}
+	if err != nil {
+		r.files[path] = state{problem: err.Error()}
+		return nil, err
+	}
+	r.files[path] = state{sum: sha256.Sum256([]byte(strings.Join(names, "\x00")))}
+	return names, nil
+}
+
+// escapeGlob returns path as a pattern that matches it alone.
+func escapeGlob(path string) string {
+	return strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(path)
 }
 
 // changed reports whether any file differs from what was read of it last, by Load
@@ -135,11 +180,15 @@ type state struct {
 // inspect returns the present state of path, and reads the file only if it may
 // differ from before.
 func (p *Provider) inspect(path string, before state) state {
+	read := reading{files: map[string]state{}}
+	if path == p.path && isFolder(path) {
+		_, _ = read.list(path) // the state says what is wrong
+		return read.files[path]
+	}
 	limit := int64(maxList)
-	if path == p.path {
+	if path == p.path || filepath.Dir(path) == p.path && filepath.Ext(path) == ".yaml" {
 		limit = policy.MaxDocument
 	}
-	read := reading{files: map[string]state{}}
 	f, err := read.open(path, limit)
 	if err != nil {
 		return read.files[path]

@@ -91,7 +91,7 @@ func TestLoadRefusesWhatIsNoRegularFile(t *testing.T) {
 	must(t, big.Truncate(maxList+1))
 	must(t, big.Close())
 	for name, want := range map[string]string{
-		filepath.Join(dir, "folder"):       "it is a folder; name a regular file",
+		filepath.Join(dir, "folder"):       "folder",
 		filepath.Join(dir, "pipe"):         "it is a named pipe; name a regular file",
 		filepath.Join(dir, "socket"):       "it is a socket; name a regular file",
 		"/dev/zero":                        "it is a device; name a regular file",
@@ -315,6 +315,34 @@ func TestWatchFolder(t *testing.T) {
 	w.wantsName("c.example")
 	write(t, path, policyFor("d.example"))
 	w.wantsName("d.example")
+}
+
+// TestFragments loads and watches a folder of policy files.
+func TestFragments(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "policy.d")
+	write(t, filepath.Join(dir, "10-a.yaml"), policyFor("a.example"))
+	write(t, filepath.Join(dir, "README"), "not a policy")
+	write(t, filepath.Join(dir, ".hidden.yaml"), "not a policy")
+	w := watchFile(t, dir+"/", nil)
+	if p, _, err := w.Load(); err != nil || !allows(p, "a.example") {
+		t.Fatalf("Load = %v, %v", p, err)
+	}
+
+	write(t, filepath.Join(dir, "20-b.yaml"), "version: 1\nlists: [{name: l, file: l.txt}]\ngroups: [{name: b, sources: [10.99.0.0/16], allow: [\"@l\"]}]\n")
+	w.wants("a missing list", func(l load) bool { return l.err != nil && strings.Contains(l.err.Error(), "20-b.yaml:2:") })
+	write(t, filepath.Join(dir, "l.txt"), "list.example\n")
+	w.wants("two fragments", func(l load) bool { return l.err == nil && len(l.policy.GroupNames()) == 2 })
+
+	write(t, filepath.Join(dir, "10-a.yaml"), policyFor("changed.example"))
+	w.wantsName("changed.example")
+	write(t, filepath.Join(dir, "30-c.yaml"), policyFor("c.example")) // the same group again
+	w.wants("a conflict", func(l load) bool { return l.err != nil && strings.Contains(l.err.Error(), "30-c.yaml") })
+	must(t, os.Remove(filepath.Join(dir, "30-c.yaml")))
+	w.wantsName("changed.example")
+	must(t, os.Remove(filepath.Join(dir, "20-b.yaml")))
+	w.wants("one fragment", func(l load) bool { return l.err == nil && len(l.policy.GroupNames()) == 1 })
+	must(t, os.Remove(filepath.Join(dir, "10-a.yaml")))
+	w.wants("no fragment", func(l load) bool { return l.err != nil && strings.Contains(l.err.Error(), "0 *.yaml files") })
 }
 
 // TestWatchKubernetesVolume swaps the ..data link of a ConfigMap volume.
