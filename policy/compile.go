@@ -470,7 +470,7 @@ func (c *compiler) rule(path string, r *Rule, id string, owner uint32, deny bool
 		// A prefix wholly outside global space can only be meant; 0.0.0.0/0 does
 		// not name 127.0.0.1.
 		if !deny && whollySpecial(pfx) {
-			out.private = append(out.private, pfx)
+			out.literal = append(out.literal, pfx)
 		}
 	}
 	c.p.rules = append(c.p.rules, out)

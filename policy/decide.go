@@ -307,7 +307,8 @@ func (e *eval) expired(rule *rule) bool {
 // the request: ReasonMatched, or how far it came and why it failed.
 func (e *eval) test(rule *rule) (stage, Reason) {
 	r := &e.r
-	named := r.Destination.IsValid() && namesAddr(rule.private, r.Destination)
+	named := r.Destination.IsValid() && !e.expired(rule) &&
+		(namesAddr(rule.private, r.Destination) || r.Name.IsZero() && namesAddr(rule.literal, r.Destination))
 	e.privateNamed = e.privateNamed || named
 	switch {
 	case r.Protocol == ProtocolDNS:

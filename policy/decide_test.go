@@ -57,6 +57,7 @@ func office() *Document {
 					Rule{ID: "soon", Names: []string{"soon.test"}, Expires: "2026-11-23"},
 					Rule{ID: "listed", Names: []string{"front.test"}, TLS: &TLSRule{SNI: "listed"}},
 					Rule{ID: "lax", Names: []string{"lax.test"}, TLS: &TLSRule{SNI: "optional", ECH: "allow", MinVersion: "1.0"}},
+					Rule{ID: "both", Names: []string{"both.test"}, Addresses: []string{"10.7.0.0/16"}},
 					Rule{ID: "lit", Addresses: []string{"203.0.113.0/24"}},
 					Rule{ID: "lit-all", Addresses: []string{"0.0.0.0/0"}, Ports: []string{"4443"}},
 					Rule{ID: "txt", Names: []string{"txt.test"}, QTypes: []string{"TXT"}},
@@ -180,6 +181,8 @@ func TestDecideStages(t *testing.T) {
 	check("wide literal does not name loopback", Request{Address: addr("127.0.0.1"), Port: 4443, Destination: addr("127.0.0.1")}, "deny private_destination lit-all")
 	check("denied address behind NAT64", dest("api.ok.test", "64:ff9b::198.51.100.9"), "deny explicit_deny no-dark-net")
 	check("denied literal behind NAT64", Request{Address: addr("64:ff9b::198.51.100.9"), Port: 443}, "deny explicit_deny no-dark-net")
+	check("addresses of a rule are not where its names may lead", dest("both.test", "10.7.0.1"), "deny private_destination both")
+	check("they are for those who ask for them", Request{Address: addr("10.7.0.1"), Port: 443, Destination: addr("10.7.0.1")}, "allow matched both")
 	check("observe: public", Request{Source: lab, Name: ok, Port: 443, Destination: addr("93.184.216.34")}, "observe not_listed")
 	check("observe: private", Request{Source: lab, Name: ok, Port: 443, Destination: addr("127.0.0.1")}, "deny private_destination")
 	check("observe: private, listed", Request{Source: lab, Name: MustName("only.test"), Port: 443, Destination: addr("10.0.0.1")}, "deny private_destination only.test")

@@ -43,9 +43,10 @@ type rule struct {
 	deny      bool
 	builtin   bool // one of the built-in guardrails
 	protocols protocols
-	ports     []portRange // nil: the defaults of the protocols; of a deny rule: all
-	qtypes    []uint16    // in addition to the usual ones; of a deny rule: only these
-	private   []netip.Prefix
+	ports     []portRange    // nil: the defaults of the protocols; of a deny rule: all
+	qtypes    []uint16       // in addition to the usual ones; of a deny rule: only these
+	private   []netip.Prefix // where its names may lead beyond global space
+	literal   []netip.Prefix // its own addresses there, for those who ask by address
 	tls       tlsRule
 	expires   time.Time // zero: never
 }

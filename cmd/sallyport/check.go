@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
@@ -54,6 +55,7 @@ func newCheck(o *options) *cobra.Command {
 // A checkReport is what check found out.
 type checkReport struct {
 	source   string // where the policy comes from; "" if the settings do not say
+	settings string // the settings file, or ""
 	strict   bool
 	policy   *policy.Policy // nil with err
 	warnings []*policy.Error
@@ -68,7 +70,7 @@ func inspect(o *options, strict bool) *checkReport {
 		r.err = err
 		return r
 	}
-	r.source = settings.Policy.Source
+	r.source, r.settings = settings.Policy.Source, settings.File
 	r.policy, r.warnings, r.err = newSource(settings).load()
 	r.addSettings(settings.File, dnsfilter.Check(dnsConfig(settings.DNS)))
 	return r
@@ -146,11 +148,23 @@ func (r *checkReport) diagnostic(severity string, e *policy.Error) diagnostic {
 	if f, ok := errors.AsType[*policy.Finding](e.Err); ok {
 		kind = f.Kind
 	}
-	name := e.Pos.File
-	if r.source != "" && name != "" && name != r.source && !filepath.IsAbs(name) {
-		name = filepath.Join(filepath.Dir(r.source), name) // a list file, which the policy names from where it is
+	return diagnostic{severity, kind, r.file(e.Pos.File), e.Pos.Line, e.Pos.Column, e.Path, e.Err.Error()}
+}
+
+// file returns name as seen from the working directory: the policy names its list
+// files from where it is itself.
+func (r *checkReport) file(name string) string {
+	if r.source == "" || name == "" || filepath.IsAbs(name) {
+		return name
 	}
-	return diagnostic{severity, kind, name, e.Pos.Line, e.Pos.Column, e.Path, e.Err.Error()}
+	folder := filepath.Dir(r.source)
+	if info, err := os.Stat(r.source); err == nil && info.IsDir() {
+		folder = r.source
+	}
+	if name == r.source || name == r.settings || filepath.Dir(name) == filepath.Clean(folder) {
+		return name
+	}
+	return filepath.Join(folder, name)
 }
 
 // source is where the policy comes from.
