@@ -278,10 +278,10 @@ func (e *eval) denies(rule *rule) bool {
 		return false
 	}
 	if e.r.Protocol == ProtocolUnknown && rule.protocols != forAny {
-		e.look = e.look || rule.hasPort(e.r.Port, forAny)
+		e.look = e.look || rule.on(e.r.Port) != 0
 		return false
 	}
-	return rule.hasPort(e.r.Port, e.r.Protocol.set())
+	return rule.on(e.r.Port)&e.r.Protocol.set() != 0
 }
 
 // set returns the protocols that p may turn out to be.
@@ -315,13 +315,16 @@ func (e *eval) test(rule *rule) (stage, Reason) {
 		if !usualQType(r.QType) && !slices.Contains(rule.qtypes, r.QType) {
 			return stageProtocol, ReasonQTypeNotAllowed
 		}
-	case !rule.hasPort(r.Port, forAny):
-		return stagePort, ReasonPortNotAllowed
-	case !rule.hasPort(r.Port, r.Protocol.set()):
-		if r.Protocol == ProtocolTCP && rule.hasPort(r.Port, forTLS) {
+	default:
+		switch on := rule.on(r.Port); {
+		case on == 0:
+			return stagePort, ReasonPortNotAllowed
+		case on&r.Protocol.set() != 0:
+		case r.Protocol == ProtocolTCP && on&forTLS != 0:
 			return stageProtocol, ReasonNotTLS
+		default:
+			return stageProtocol, ReasonProtocolNotAllowed
 		}
-		return stageProtocol, ReasonProtocolNotAllowed
 	}
 	if e.expired(rule) {
 		return stageExpired, ReasonRuleExpired
@@ -381,17 +384,8 @@ func (e *eval) inspection(rule *rule) Inspect {
 	if e.r.Protocol != ProtocolUnknown {
 		return 0
 	}
-	var i Inspect
-	if rule.hasPort(e.r.Port, forTLS) {
-		i |= InspectTLS
-	}
-	if rule.hasPort(e.r.Port, forHTTP) {
-		i |= InspectHTTP
-	}
-	if rule.protocols&forTCP != 0 {
-		i |= InspectNone
-	}
-	return i
+	// The three bits of both types stand in the same order.
+	return Inspect(rule.on(e.r.Port) & (forTLS | forHTTP | forTCP))
 }
 
 // namesAddr reports whether one of ps names a: holds it or, for an address that

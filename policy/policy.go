@@ -2,7 +2,6 @@ package policy
 
 import (
 	"net/netip"
-	"slices"
 	"time"
 
 	"github.com/gaissmai/bart"
@@ -86,15 +85,24 @@ const (
 	portHTTP = 80
 )
 
-// hasPort reports whether the rule speaks any of ps on port.
-func (r *rule) hasPort(port uint16, ps protocols) bool {
-	ps &= r.protocols
-	if r.ports == nil {
-		return r.deny && ps != 0 || ps&forTLS != 0 && port == portTLS || ps&forHTTP != 0 && port == portHTTP
+// on returns what the rule is for on port.
+func (r *rule) on(port uint16) protocols {
+	switch {
+	case r.ports != nil:
+		for _, p := range r.ports {
+			if p.first <= port && port <= p.last {
+				return r.protocols &^ forDNS
+			}
+		}
+		return 0
+	case r.deny:
+		return r.protocols
+	case port == portTLS:
+		return r.protocols & forTLS
+	case port == portHTTP:
+		return r.protocols & forHTTP
 	}
-	return ps&^forDNS != 0 && slices.ContainsFunc(r.ports, func(p portRange) bool {
-		return p.first <= port && port <= p.last
-	})
+	return 0
 }
 
 // usualQType reports whether every rule that covers a name covers type t of it.
