@@ -407,7 +407,7 @@ func (ex *exchange) unread() bool { return ex.body != nil && !ex.body.ended.Load
 // WriteHeader notes the status for the event.
 func (ex *exchange) WriteHeader(status int) {
 	ex.ev.Status = status
-	if ex.unread() {
+	if ex.unread() || ex.s.draining.Load() {
 		ex.Header().Set("Connection", "close")
 	}
 	ex.ResponseWriter.WriteHeader(status)
