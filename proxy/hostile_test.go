@@ -5,6 +5,7 @@ import (
 	"io"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"sallyport/policy"
@@ -115,5 +116,39 @@ func TestPasswordsStayOutOfTheEvent(t *testing.T) {
 			t.Errorf("event %+v", ev)
 		}
 		c.Close()
+	}
+}
+
+// expiring is a Decider whose rule for addresses ends when told.
+type expiring struct {
+	Decider
+	over atomic.Bool
+}
+
+func (d *expiring) Decide(r policy.Request) policy.Decision {
+	got := d.Decider.Decide(r)
+	if d.over.Load() && r.Destination.IsValid() {
+		return got.Refuse(policy.ReasonPrivateDestination)
+	}
+	return got
+}
+
+// TestPooledConnectionEndsWithItsRule has a rule expire while a connection that it
+// opened waits for the next request.
+func TestPooledConnectionEndsWithItsRule(t *testing.T) {
+	port := site(t, dump)
+	var d *expiring
+	g := start(t, policyFor("", port), func(c *Config) {
+		d = &expiring{Decider: c.Decider}
+		c.Decider = d
+	})
+	g.resolver.set("api.ok.test", "127.0.0.1")
+	c := g.dial()
+	for _, want := range []int{200, 200, 403} {
+		d.over.Store(want == 403)
+		c.send("GET http://api.ok.test:%d/ HTTP/1.1\r\nHost: x\r\n\r\n", port)
+		if resp, body := c.response("GET"); resp.StatusCode != want {
+			t.Errorf("%s, want %d\n%s", resp.Status, want, body)
+		}
 	}
 }
