@@ -290,8 +290,11 @@ func TestSilence(t *testing.T) {
 	t.Run("half a hello", func(t *testing.T) {
 		g := start(t, policyFor("", o.port()), quick)
 		g.resolver.set("api.ok.test", "127.0.0.1")
-		c := g.connect(target)
-		c.send("%s", hello("api.ok.test")[:100])
+		c := g.dial()
+		c.send("CONNECT %s HTTP/1.1\r\n\r\n%s", target, hello("api.ok.test")[:100]) // at once: later it might come too late
+		if resp, body := c.response(http.MethodConnect); resp.StatusCode != http.StatusOK {
+			t.Fatal(resp.Status, body)
+		}
 		if got := c.rest(); got != "\x15\x03\x03\x00\x02\x02\x31" {
 			t.Errorf("%q", got)
 		}
@@ -412,7 +415,7 @@ func TestVanishing(t *testing.T) {
 }
 
 func TestSlowHead(t *testing.T) {
-	g := start(t, policyFor("", 443), func(c *Config) { c.Timeouts.RequestHeader = 20 * time.Millisecond })
+	g := start(t, policyFor("", 443), func(c *Config) { c.Timeouts.RequestHeader = 500 * time.Millisecond })
 	c := g.dial()
 	c.send("CONNECT api.ok.test:443 HTTP/1.1\r\n")
 	if resp, _ := c.response(http.MethodConnect); resp.StatusCode != 408 {

@@ -369,7 +369,7 @@ func TestBodies(t *testing.T) {
 // TestBadOrigin answers for far sides that do not speak HTTP.
 func TestBadOrigin(t *testing.T) {
 	o := listen(t, "127.0.0.1:0")
-	g := start(t, policyFor("", o.port()), func(c *Config) { c.Timeouts.Idle = 200 * time.Millisecond })
+	g := start(t, policyFor("", o.port()), func(c *Config) { c.Timeouts.Idle = time.Second })
 	g.resolver.set("api.ok.test", "127.0.0.1")
 	for _, tt := range []struct {
 		answer string

@@ -104,7 +104,7 @@ func TestRebinding(t *testing.T) {
 // TestFarSideFails covers T34: the truth on the CONNECT itself.
 func TestFarSideFails(t *testing.T) {
 	dead := listen(t, "127.0.0.1:0") // takes a port; another address of it is closed
-	g := start(t, policyFor("", dead.port()), func(c *Config) { c.Timeouts.Connect = 50 * time.Millisecond })
+	g := start(t, policyFor("", dead.port()), func(c *Config) { c.Timeouts.Connect = 500 * time.Millisecond })
 	g.resolver.set("refuses.ok.test", "127.0.0.3", "127.0.0.4")
 	g.resolver.set("empty.ok.test")
 	g.resolver.hook = func(ctx context.Context, host string) ([]netip.Addr, error) {

@@ -153,7 +153,7 @@ func TestTunnelLimits(t *testing.T) {
 func TestIdle(t *testing.T) {
 	o := listen(t, "127.0.0.1:0")
 	o.echo(t)
-	g := start(t, tcpPolicy(o.port()), func(c *Config) { c.Timeouts.Idle = 50 * time.Millisecond })
+	g := start(t, tcpPolicy(o.port()), func(c *Config) { c.Timeouts.Idle = 500 * time.Millisecond })
 	g.resolver.set("a.ok.test", "127.0.0.1")
 	c := g.connect(fmt.Sprintf("a.ok.test:%d", o.port()))
 	c.ping()
