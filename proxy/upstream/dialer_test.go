@@ -225,7 +225,7 @@ func TestBlackHole(t *testing.T) {
 	hole := blackHole(t)
 	l, err := net.Listen("tcp", netip.AddrPortFrom(netip.MustParseAddr("127.0.0.2"), hole.Port()).String())
 	if err != nil {
-		t.Skip(err)
+		t.Skipf("this machine has no second loopback address to listen on: %v", err)
 	}
 	defer l.Close()
 	var d Dialer
