@@ -22,6 +22,7 @@ type Assertions struct {
 type Assertion struct {
 	Name        string `yaml:"name,omitempty"`        // label, for people
 	Source      string `yaml:"source"`                // address of the client
+	User        string `yaml:"user,omitempty"`        // user that the client is known as; "": none
 	Target      string `yaml:"target,omitempty"`      // host:port, or http://host/ for plain HTTP
 	DNS         string `yaml:"dns,omitempty"`         // name that the resolver is asked for
 	QType       string `yaml:"qtype,omitempty"`       // type of that question; "": A
@@ -40,6 +41,7 @@ var assertionDocs = map[string]string{
 
 	"Assertion.name":        "CI reaches the API",
 	"Assertion.source":      "10.20.1.5",
+	"Assertion.user":        "deploy-bot",
 	"Assertion.target":      "\"api.example.com:443\"",
 	"Assertion.dns":         "api.example.com",
 	"Assertion.qtype":       "AAAA",

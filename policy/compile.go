@@ -14,6 +14,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 // Options tell Compile what a Document alone cannot.
@@ -245,6 +247,38 @@ func (c *compiler) groupHead(i int) {
 		}
 		c.p.sources.Insert(pfx, uint32(i))
 	}
+	for j, u := range g.Users {
+		at := fmt.Sprintf("%s.users[%d]", path, j)
+		if !validUser(u) {
+			c.fail(at, "%q is no name of a user; use 1 to %d characters without spaces, colons and control characters", clip(u), maxUser)
+			continue
+		}
+		if old, dup := c.p.users[u]; dup {
+			c.fail(at, "user %s belongs to group %q already; a user can be in one group only", u, c.doc.Groups[old].Name)
+			continue
+		}
+		if c.p.users == nil {
+			c.p.users = map[string]uint32{}
+		}
+		c.p.users[strings.Clone(u)] = uint32(i)
+	}
+}
+
+// maxUser bounds the name of a user, in bytes.
+const maxUser = 255
+
+// validUser reports whether s can be the name of a user: what Basic credentials
+// (RFC 7617) and certificates can carry, and a log line can show unambiguously.
+func validUser(s string) bool {
+	if s == "" || len(s) > maxUser || !utf8.ValidString(s) {
+		return false
+	}
+	for _, r := range s {
+		if r == ':' || unicode.IsSpace(r) || !unicode.IsPrint(r) {
+			return false
+		}
+	}
+	return true
 }
 
 // prefix parses an address or a prefix without host bits; IPv4-mapped ones become IPv4.
@@ -324,8 +358,8 @@ func (c *compiler) ancestors() {
 		}
 	}
 	for i, g := range c.doc.Groups {
-		if len(g.Sources) == 0 && !extended[g.Name] && c.doc.UnmatchedSource != g.Name {
-			c.report(findUnreachable, fmt.Sprintf("groups[%d].name", i), "group %q has no sources and no group extends it: its rules never apply", clip(g.Name))
+		if len(g.Sources) == 0 && len(g.Users) == 0 && !extended[g.Name] && c.doc.UnmatchedSource != g.Name {
+			c.report(findUnreachable, fmt.Sprintf("groups[%d].name", i), "group %q has no sources or users and no group extends it: its rules never apply", clip(g.Name))
 		}
 	}
 }

@@ -5,8 +5,8 @@ import (
 	"slices"
 )
 
-// Decide returns the decision for r. The source's most specific prefix chooses
-// the group; within it any deny beats every allow, whatever their order. What no
+// Decide returns the decision for r. A user that a group lists chooses that group,
+// and otherwise the source's most specific prefix; within it any deny beats every allow, whatever their order. What no
 // rule matches is denied. Facts of r that are not known yet (zero) do not fail a
 // rule: callers ask again when they know more.
 //
@@ -66,7 +66,7 @@ func (e *eval) decide() Decision {
 	r.Source = r.Source.Unmap().WithZone("")
 	r.Destination = r.Destination.Unmap().WithZone("")
 	d := Decision{Reason: ReasonUnmatchedSource, Revision: e.p.revision}
-	i, ok := e.p.group(r.Source)
+	i, ok := e.p.group(r)
 	if !ok {
 		return d
 	}
@@ -84,10 +84,15 @@ func (e *eval) decide() Decision {
 	return d
 }
 
-// group returns the index of the group for src.
-func (p *Policy) group(src netip.Addr) (int, bool) {
-	if src.IsValid() {
-		if i, ok := p.sources.Lookup(src); ok {
+// group returns the index of the group for the user of r, or else for its source.
+func (p *Policy) group(r *Request) (int, bool) {
+	if r.User != "" {
+		if i, ok := p.users[r.User]; ok {
+			return int(i), true
+		}
+	}
+	if r.Source.IsValid() {
+		if i, ok := p.sources.Lookup(r.Source); ok {
 			return int(i), true
 		}
 	}

@@ -28,6 +28,7 @@ type TLS struct {
 // The zero value of a field means "not known" or "does not apply".
 type Request struct {
 	Source      netip.Addr // client address; IPv4-mapped counts as IPv4
+	User        string     // who the client has proved to be; "" for nobody. Never taken from what a client merely says
 	Name        Name       // destination name; zero if the client gave an address
 	Address     netip.Addr // destination address that the client gave itself; used if Name is zero
 	Port        uint16     // destination port; 0 for a DNS question

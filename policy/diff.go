@@ -18,6 +18,7 @@ type Changes struct {
 	Added   []string       `json:"groups_added,omitempty"`   // groups that only the new policy has sources for
 	Removed []string       `json:"groups_removed,omitempty"` // and only the old one
 	Groups  []GroupChange  `json:"groups,omitempty"`
+	Users   []UserChange   `json:"users,omitempty"`
 	Expiry  []ExpiryChange `json:"expiry,omitempty"`
 	// Partial says that patterns with a "*" inside overlap so often that not all
 	// overlaps were looked at.
@@ -26,7 +27,9 @@ type Changes struct {
 
 // Empty reports whether it is certain that no decision differs, now or when a rule
 // expires.
-func (c *Changes) Empty() bool { return len(c.Groups) == 0 && len(c.Expiry) == 0 && !c.Partial }
+func (c *Changes) Empty() bool {
+	return len(c.Groups) == 0 && len(c.Users) == 0 && len(c.Expiry) == 0 && !c.Partial
+}
 
 // A GroupChange is what changes for sources that belong to one group in the old
 // policy and to one in the new: usually to the same.
@@ -41,6 +44,14 @@ type GroupChange struct {
 	// sources come from no group or go to none, and the group is in both policies.
 	Whole   bool     `json:"whole,omitempty"`
 	Changes []Change `json:"changes,omitempty"`
+}
+
+// A UserChange is a user who is listed in another group, or in none. What both
+// groups allow is not compared: without a group of his own a user has that of the source.
+type UserChange struct {
+	User string `json:"user"`
+	Old  string `json:"old"` // group that lists the user; "": none
+	New  string `json:"new"`
 }
 
 // Kinds of Change.Target.
@@ -100,13 +111,18 @@ func Diff(old, new *Policy, at time.Time) *Changes {
 			d.found = append(d.found, c)
 		}
 	})
-	out := &Changes{Old: old.revision, New: new.revision, Expiry: d.expiries(), Partial: d.partial}
+	out := &Changes{Old: old.revision, New: new.revision, Users: d.users(), Expiry: d.expiries(), Partial: d.partial}
 	for i := range d.pairs {
 		d.pairs[i].fold(d)
 	}
 	d.exceptions()
 	d.addresses()
 	reached := [2]map[string]bool{{}, {}}
+	for k, p := range d.sides {
+		for _, i := range p.users {
+			reached[k][p.groups[i].name] = true
+		}
+	}
 	for i := range d.pairs {
 		p := &d.pairs[i]
 		g := d.groupChange(p)
@@ -231,9 +247,54 @@ type shown struct {
 	excepted []int
 }
 
+// users finds which users changed groups.
+func (d *differ) users() []UserChange {
+	names := map[string]UserChange{}
+	for k, p := range d.sides {
+		for u, i := range p.users {
+			c := names[u]
+			c.User = u
+			if k == 0 {
+				c.Old = p.groups[i].name
+			} else {
+				c.New = p.groups[i].name
+			}
+			names[u] = c
+		}
+	}
+	var out []UserChange
+	for _, c := range names {
+		if c.Old != c.New {
+			out = append(out, c)
+		}
+	}
+	slices.SortFunc(out, func(a, b UserChange) int { return strings.Compare(a.User, b.User) })
+	return out
+}
+
+// userGroups returns the groups of both policies that list users in either: their
+// rules are compared though perhaps no source belongs to them.
+func (d *differ) userGroups() []string {
+	var names [2][]string
+	for k, p := range d.sides {
+		names[k] = p.GroupNames()
+	}
+	var out []string
+	for _, p := range d.sides {
+		for _, i := range p.users {
+			if n := p.groups[i].name; slices.Contains(names[0], n) && slices.Contains(names[1], n) {
+				out = append(out, n)
+			}
+		}
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
 // pairUp finds which sources changed groups.
 func (d *differ) pairUp() {
 	var part partition
+	old, new := d.sides[0], d.sides[1]
 	for _, p := range d.sides {
 		addPrefixes(&part, &p.sources)
 	}
@@ -261,6 +322,13 @@ func (d *differ) pairUp() {
 			d.pairs[i].sources = append(d.pairs[i].sources, seg)
 		} else {
 			d.pairs[i].rest = true
+		}
+	}
+	for _, name := range d.userGroups() {
+		g := [2]int{slices.Index(old.GroupNames(), name), slices.Index(new.GroupNames(), name)}
+		if _, ok := index[g]; !ok {
+			index[g] = len(d.pairs)
+			d.pairs = append(d.pairs, d.newPair(g))
 		}
 	}
 	slices.SortFunc(d.pairs, func(a, b pair) int {

@@ -2,7 +2,7 @@
 //
 // The model in one page:
 //
-//	source ──longest prefix──► group ──rules──► Decision
+//	user or source ──longest prefix──► group ──rules──► Decision
 //
 // A [Document] is what operators write. [Compile] turns it into a [Policy],
 // which never changes afterwards; a [Store] holds the one in force and swaps it
@@ -12,8 +12,9 @@
 //
 // # Which group
 //
-// The longest source prefix that contains the client's address names the group
-// (IPv4-mapped addresses count as IPv4). No prefix: unmatched_source, which is
+// A user that a group lists belongs to that group, wherever the user comes from.
+// For everybody else the longest source prefix that contains the client's address
+// names the group (IPv4-mapped addresses count as IPv4). No prefix: unmatched_source, which is
 // deny unless the document names a group there.
 //
 // # Which rule

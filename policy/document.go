@@ -23,10 +23,12 @@ type List struct {
 	File  string   `yaml:"file,omitempty"`
 }
 
-// A Group holds the rules for the sources whose longest matching prefix it has.
+// A Group holds the rules for the users it lists, and for the sources whose longest
+// matching prefix it has.
 type Group struct {
 	Name         string   `yaml:"name"`
 	Sources      []string `yaml:"sources,omitempty"`
+	Users        []string `yaml:"users,omitempty" json:",omitempty"` // of JSON: equal documents keep their revision
 	Extends      []string `yaml:"extends,omitempty"`
 	Mode         string   `yaml:"mode,omitempty"`
 	ObserveUntil string   `yaml:"observe_until,omitempty"`

@@ -16,6 +16,7 @@ type Candidate struct {
 // An Explanation is a Decision with the way to it.
 type Explanation struct {
 	Decision   Decision
+	User       string       // the user who chose the group; "" if none did
 	Prefix     netip.Prefix // the source prefix that chose the group; zero if none did
 	Candidates []Candidate  // every rule that covers the destination and counts for the group
 }
@@ -25,7 +26,11 @@ func (p *Policy) Explain(r Request) Explanation {
 	var x Explanation
 	e := eval{p: p, r: r, trace: &x.Candidates}
 	x.Decision = e.decide()
-	_, x.Prefix = p.Source(r.Source)
+	if _, ok := p.users[r.User]; ok {
+		x.User = r.User
+	} else {
+		_, x.Prefix = p.Source(r.Source)
+	}
 	return x
 }
 

@@ -131,6 +131,9 @@ func (p *Policy) reachedGroups() []bool {
 	if p.unmatched >= 0 {
 		reached[p.unmatched] = true
 	}
+	for _, i := range p.users {
+		reached[i] = true
+	}
 	open := false // there are groups whose prefixes all begin and end with longer ones
 	for pfx, i := range p.sources.All() {
 		r := rangeOf(pfx)

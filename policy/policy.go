@@ -16,6 +16,7 @@ type Policy struct {
 	postings  postings
 	addresses bart.Table[posting] // of rules; a prefix holds the refs of the wider ones too
 	sources   bart.Table[uint32]  // index into groups
+	users     map[string]uint32   // index into groups; nil if no group lists any
 	unmatched int                 // group for sources without a prefix, or -1: deny
 	nameCount int
 }
@@ -130,6 +131,10 @@ func (p *Policy) GroupNames() []string {
 	}
 	return names
 }
+
+// HasUsers reports whether any group lists users, so that credentials can change
+// what a client may reach.
+func (p *Policy) HasUsers() bool { return len(p.users) > 0 }
 
 // Source returns the group that src belongs to and the prefix that put it there.
 // The prefix is zero if no prefix matched and unmatched_source names the group;

@@ -28,6 +28,7 @@ var keyDocs = map[string]keyDoc{
 
 	"Group.name":          {text: "Name of the group, in logs, in metrics and for extends.", example: "ci-runners"},
 	"Group.sources":       {text: "Addresses and prefixes of the clients, IPv4 and IPv6. Each prefix can be in one group only; the longest match counts.", example: "[10.20.0.0/16, \"2001:db8:20::/48\"]"},
+	"Group.users":         {text: "Names of users, as the proxy has authenticated them, wherever they come from: a user's group is chosen before the source's. Each user can be in one group only.", example: "[deploy-bot]"},
 	"Group.extends":       {text: "Groups whose allow and deny rules hold here too.", example: "[baseline]"},
 	"Group.mode":          {text: "enforce (the default) applies denials; observe lets pass and logs what would have been denied, guardrails and address checks excepted.", example: "enforce", enum: []string{"enforce", "observe"}},
 	"Group.observe_until": {text: "The day from whose beginning (UTC) an observing group enforces, or a time (RFC 3339). Required with mode: observe.", example: "2026-12-31"},

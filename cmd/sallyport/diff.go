@@ -86,6 +86,13 @@ func writeChanges(out io.Writer, c *policy.Changes) error {
 		}
 		fmt.Fprintln(w)
 	}
+	if len(c.Users) > 0 {
+		fmt.Fprintln(w, "users")
+		for _, u := range c.Users {
+			fmt.Fprintf(w, "  %s\t%s -> %s\n", u.User, orNone(u.Old), orNone(u.New))
+		}
+		fmt.Fprintln(w)
+	}
 	if len(c.Expiry) > 0 {
 		fmt.Fprintln(w, "expiry")
 		for _, e := range c.Expiry {
@@ -123,6 +130,9 @@ func summary(c *policy.Changes) string {
 		if len(n.names) > 0 {
 			s += fmt.Sprintf("; %s: %s", n.what, strings.Join(n.names, ", "))
 		}
+	}
+	if n := len(c.Users); n > 0 {
+		s += fmt.Sprintf("; users moved: %d", n)
 	}
 	if n := len(c.Expiry); n > 0 {
 		s += fmt.Sprintf("; expiry changed: %d", n)
@@ -231,6 +241,13 @@ func expiringRule(e policy.ExpiryChange) string {
 	return s
 }
 
+func orNone(group string) string {
+	if group == "" {
+		return "no group of their own"
+	}
+	return "group " + group
+}
+
 func orNever(date string) string {
 	if date == "" {
 		return "never"
@@ -254,6 +271,16 @@ func writeChangesMarkdown(out io.Writer, c *policy.Changes) error {
 			}
 		}
 		writeRows(&b, g.Changes)
+	}
+	if len(c.Users) > 0 {
+		b.WriteString("\n#### Users\n\n| user | was in | is in |\n|---|---|---|\n")
+		for i, u := range c.Users {
+			if i == maxRows {
+				fmt.Fprintf(&b, "\n… and %d more.\n", len(c.Users)-i)
+				break
+			}
+			fmt.Fprintf(&b, "| %s | %s | %s |\n", cell(u.User), orNone(u.Old), orNone(u.New))
+		}
 	}
 	if len(c.Expiry) > 0 {
 		b.WriteString("\n#### Expiry\n\n| rule | was | is |\n|---|---|---|\n")

@@ -61,6 +61,7 @@ func newExplain(o *options) *cobra.Command {
 	}
 	f := cmd.Flags()
 	f.StringVar(&q.source, "source", "", "address of the client (required)")
+	f.StringVar(&q.user, "user", "", "user that the client is known as")
 	f.StringVar(&q.sni, "sni", "", "server_name that the client's TLS ClientHello carries")
 	f.StringVar(&q.dns, "dns", "", "ask the resolver: type of the question, such as A or TXT")
 	f.StringVar(&q.destination, "destination", "", "address that the name resolves to")
@@ -81,6 +82,8 @@ func writeExplanation(out io.Writer, q question, x policy.Explanation) error {
 	switch {
 	case d.Group == "":
 		fmt.Fprintf(w, "group\tnone: no group has %s\n", q.source)
+	case x.User != "":
+		fmt.Fprintf(w, "group\t%s (user %s), %s\n", d.Group, x.User, d.Mode)
 	case !x.Prefix.IsValid():
 		fmt.Fprintf(w, "group\t%s (unmatched_source), %s\n", d.Group, d.Mode)
 	default:
@@ -144,12 +147,13 @@ func writeExplanationJSON(out io.Writer, q question, x policy.Explanation) error
 		Rule       string      `json:"rule,omitempty"`
 		Group      string      `json:"group,omitempty"`
 		Mode       string      `json:"mode"`
+		User       string      `json:"user,omitempty"`
 		Prefix     string      `json:"prefix,omitempty"`
 		Policy     string      `json:"policy"`
 		Candidates []candidate `json:"candidates"`
 	}{
 		Source: q.source, Target: q.target, Verdict: d.Verdict.String(), Reason: d.Reason.String(), Rule: d.Rule,
-		Group: d.Group, Mode: d.Mode.String(), Policy: d.Revision, Candidates: []candidate{},
+		Group: d.Group, User: x.User, Mode: d.Mode.String(), Policy: d.Revision, Candidates: []candidate{},
 	}
 	if x.Prefix.IsValid() {
 		v.Prefix = x.Prefix.String()

@@ -14,7 +14,7 @@ import (
 // A question is a request as people write it: on the command line of explain or in
 // a test. Empty fields are not known.
 type question struct {
-	target, source, sni, dns, destination, at string
+	target, source, user, sni, dns, destination, at string
 }
 
 // A fieldError is a mistake in one field of a question.
@@ -51,7 +51,7 @@ func flagError(err error) error {
 
 // request turns q into what proxy or resolver would ask. Errors are *fieldErrors.
 func (q *question) request(now time.Time) (policy.Request, error) {
-	r := policy.Request{Time: now}
+	r := policy.Request{User: q.user, Time: now}
 	var err error
 	if r.Source, err = netip.ParseAddr(q.source); err != nil {
 		return r, &fieldError{"source", q.source, errors.New("not an address; write one such as 10.20.1.5")}

@@ -100,7 +100,7 @@ func readTestFile(file string, now time.Time) (cases []testCase, err error) {
 		if c.at == "" {
 			c.at = all.At
 		}
-		q := question{target: a.Target, source: a.Source, sni: a.SNI, destination: a.Destination, at: a.At}
+		q := question{target: a.Target, source: a.Source, user: a.User, sni: a.SNI, destination: a.Destination, at: a.At}
 		if a.DNS != "" {
 			if q.target, q.dns = a.DNS, a.QType; q.dns == "" {
 				q.dns = "A"
@@ -153,6 +153,9 @@ func (c *testCase) label() string {
 func (c *testCase) asks() string {
 	var b strings.Builder
 	b.WriteString(c.Source)
+	if c.User != "" {
+		b.WriteString(" as " + c.User)
+	}
 	if c.DNS != "" {
 		qtype := c.QType
 		if qtype == "" {
