@@ -3,6 +3,7 @@ package policy
 import (
 	"net/netip"
 	"slices"
+	"time"
 )
 
 // Decide returns the decision for r. A user that a group lists chooses that group,
@@ -11,39 +12,48 @@ import (
 // rule: callers ask again when they know more.
 //
 // Decide performs no I/O, does not allocate and is safe for concurrent use.
-func (p *Policy) Decide(r Request) Decision {
-	e := eval{p: p, r: r}
-	return e.decide()
+func (p *Policy) Decide(r Request) (d Decision) {
+	e := eval{p: p}
+	e.decide(&r, nil, &d)
+	return d
 }
 
-// eval is one evaluation of a Request. It lives on the stack.
+// DecideWire is Decide for a DNS question whose name is n, which stands for r.Name.
+// It gives the same answers, without making a Name first.
+func (p *Policy) DecideWire(n *WireName, r Request) (d Decision) {
+	e := eval{p: p}
+	e.decide(&r, n, &d)
+	return d
+}
+
+// eval is one evaluation of a Request. It lives on the stack, and is kept small
+// because it is cleared for every decision; the Request is handed along beside it,
+// since what an eval points to would have to be on the heap.
 type eval struct {
 	p *Policy
-	r Request
 	g *group
 
 	allow, guard, deny found
 	builtin            found  // a built-in guardrail
-	exact              bool   // an allow rule names the destination exactly, which lifts built-in guardrails
 	fail               found  // the allow rule that came closest
 	stage              stage  // how close
 	reason             Reason // why it failed
 	inspect            Inspect
+	named              bool // the request is for a name, not for a literal address
+	exact              bool // an allow rule names the destination exactly, which lifts built-in guardrails
 	privateNamed       bool // an allow rule that covers the name names Destination's prefix
 	look               bool // a deny rule waits for the protocol to be known
 
 	trace *[]Candidate // for Explain; nil otherwise
 }
 
-// found is a rule that matched. Of several, the one whose ID sorts first is kept.
-type found struct {
-	ok bool
-	id string
-}
+// found is the ID of a rule that matched, "" for none. Of several, the one that
+// sorts first is kept.
+type found string
 
 func (f *found) offer(id string) {
-	if !f.ok || id < f.id {
-		f.ok, f.id = true, id
+	if *f == "" || id < string(*f) {
+		*f = found(id)
 	}
 }
 
@@ -60,28 +70,38 @@ const (
 	stagePrivate
 )
 
-// decide answers the request of e.
-func (e *eval) decide() Decision {
-	r := &e.r
+// decide answers r, which is for n if that is not nil.
+func (e *eval) decide(r *Request, n *WireName, d *Decision) {
 	r.Source = r.Source.Unmap().WithZone("")
 	r.Destination = r.Destination.Unmap().WithZone("")
-	d := Decision{Reason: ReasonUnmatchedSource, Revision: e.p.revision}
+	d.Reason, d.Revision = ReasonUnmatchedSource, e.p.revision
 	i, ok := e.p.group(r)
 	if !ok {
-		return d
+		return
 	}
 	e.g = &e.p.groups[i]
 	d.Group, d.Mode = e.g.name, e.g.modeAt(r.Time)
 
-	e.collect(r.Name, r.Address)
+	switch {
+	case n != nil:
+		e.named = true
+		e.p.names.matchWire(n, e, r)
+	case !r.Name.IsZero():
+		e.named = true
+		e.p.names.match(r.Name.s, e, r)
+	default:
+		e.collectLiteral(r)
+	}
 	if r.Destination.IsValid() {
-		e.collectDestination()
+		e.denyAddress(r, r.Destination)
+		if inner, ok := embedded(r.Destination); ok {
+			e.denyAddress(r, inner)
+		}
 	}
 	if r.TLS.Seen && !r.TLS.SNI.IsZero() && r.TLS.SNI != r.Name {
-		e.collectSNI()
+		e.collectSNI(r)
 	}
-	e.verdict(&d)
-	return d
+	e.verdict(r, d)
 }
 
 // group returns the index of the group for the user of r, or else for its source.
@@ -99,39 +119,27 @@ func (p *Policy) group(r *Request) (int, bool) {
 	return p.unmatched, p.unmatched >= 0
 }
 
-// collect considers every rule that covers the name, or else the literal address.
-func (e *eval) collect(n Name, a netip.Addr) {
-	if !n.IsZero() {
-		e.p.names.match(n.s, e)
-		return
-	}
-	if a = a.Unmap().WithZone(""); a.IsValid() {
+// collectLiteral considers every rule whose addresses hold the literal address.
+func (e *eval) collectLiteral(r *Request) {
+	if a := r.Address.Unmap().WithZone(""); a.IsValid() {
 		if refs, ok := e.p.addresses.Lookup(a); ok {
-			e.consider(hit{refs: refs})
+			e.consider(hit{refs: refs}, r)
 		}
 		if inner, ok := embedded(a); ok {
-			e.denyAddress(inner)
+			e.denyAddress(r, inner)
 		}
 	}
 }
 
-// collectDestination considers the deny rules whose addresses hold Destination:
-// a name does not take a denied address out of reach of the rule.
-func (e *eval) collectDestination() {
-	e.denyAddress(e.r.Destination)
-	if inner, ok := embedded(e.r.Destination); ok {
-		e.denyAddress(inner)
-	}
-}
-
-// denyAddress considers the deny rules whose addresses hold a, and no others.
-func (e *eval) denyAddress(a netip.Addr) {
+// denyAddress considers the deny rules whose addresses hold a, and no others: a
+// name does not take a denied address out of their reach.
+func (e *eval) denyAddress(r *Request, a netip.Addr) {
 	refs, ok := e.p.addresses.Lookup(a)
 	if !ok {
 		return
 	}
 	for _, ref := range e.p.postings.sets[refs] {
-		if rule := &e.p.rules[ref.rule]; rule.deny && e.owns(ref.owner) && e.denies(rule) {
+		if rule := &e.p.rules[ref.rule]; rule.deny && e.owns(ref.owner) && e.denies(rule, r) {
 			e.offerDeny(ref.owner, rule.id)
 		}
 	}
@@ -141,37 +149,37 @@ func (e *eval) denyAddress(a netip.Addr) {
 // for. Inlined, its inner evaluation would be cleared in every decision.
 //
 //go:noinline
-func (e *eval) collectSNI() {
-	inner := eval{p: e.p, r: e.r, g: e.g}
-	inner.collect(e.r.TLS.SNI, netip.Addr{})
+func (e *eval) collectSNI(r *Request) {
+	inner := eval{p: e.p, g: e.g, named: true}
+	e.p.names.match(r.TLS.SNI.s, &inner, r)
 	inner.liftBuiltin()
-	if inner.guard.ok {
-		e.guard.offer(inner.guard.id)
+	if inner.guard != "" {
+		e.guard.offer(string(inner.guard))
 	}
-	if inner.deny.ok {
-		e.deny.offer(inner.deny.id)
+	if inner.deny != "" {
+		e.deny.offer(string(inner.deny))
 	}
 }
 
 // verdict turns what was found into the answer.
-func (e *eval) verdict(d *Decision) {
-	private := e.r.Destination.IsValid() && !e.privateNamed && !IsGlobal(e.r.Destination)
+func (e *eval) verdict(r *Request, d *Decision) {
+	private := r.Destination.IsValid() && !e.privateNamed && !IsGlobal(r.Destination)
 	e.liftBuiltin()
 	switch {
-	case e.guard.ok:
-		d.Reason, d.Rule = ReasonExplicitDeny, e.guard.id
+	case e.guard != "":
+		d.Reason, d.Rule = ReasonExplicitDeny, string(e.guard)
 		return // guardrails hold in every mode
-	case e.deny.ok:
-		d.Reason, d.Rule = ReasonExplicitDeny, e.deny.id
-	case e.allow.ok:
-		d.Verdict, d.Reason, d.Rule, d.Inspect = Allow, ReasonMatched, e.allow.id, e.inspect
+	case e.deny != "":
+		d.Reason, d.Rule = ReasonExplicitDeny, string(e.deny)
+	case e.allow != "":
+		d.Verdict, d.Reason, d.Rule, d.Inspect = Allow, ReasonMatched, string(e.allow), e.inspect
 		if e.look && d.Inspect&InspectNone != 0 {
 			d.Inspect = InspectTLS | InspectHTTP // what is neither is asked about as ProtocolTCP
 		}
 		return
-	case e.fail.ok:
-		d.Reason, d.Rule = e.reason, e.fail.id
-	case e.r.Name.IsZero() && e.r.Address.IsValid():
+	case e.fail != "":
+		d.Reason, d.Rule = e.reason, string(e.fail)
+	case !e.named && r.Address.IsValid():
 		d.Reason = ReasonIPLiteral
 	default:
 		d.Reason = ReasonNotListed
@@ -189,8 +197,8 @@ func (e *eval) verdict(d *Decision) {
 // liftBuiltin makes a built-in guardrail one like any other, unless an allow rule
 // names the destination exactly, which lifts it.
 func (e *eval) liftBuiltin() {
-	if e.builtin.ok && !e.exact {
-		e.guard.offer(e.builtin.id)
+	if e.builtin != "" && !e.exact {
+		e.guard.offer(string(e.builtin))
 	}
 }
 
@@ -206,34 +214,45 @@ func (e *eval) owns(owner uint32) bool {
 
 // consider judges every rule of h that counts for the source's group: refs and
 // owners are both sorted by owner.
-func (e *eval) consider(h hit) {
+func (e *eval) consider(h hit, r *Request) {
 	refs := e.p.postings.sets[h.refs]
 	for _, owner := range e.g.owners {
-		i, end := 0, len(refs)
-		for i < end { // the first ref of owner, or of a later one
-			mid := int(uint(i+end) / 2)
-			if refs[mid].owner < owner {
-				i = mid + 1
-			} else {
-				end = mid
-			}
+		refs = refs[before(refs, owner):]
+		for len(refs) > 0 && refs[0].owner == owner {
+			e.judge(&refs[0], h, r)
+			refs = refs[1:]
 		}
-		for ; i < len(refs) && refs[i].owner == owner; i++ {
-			e.judge(&refs[i], h)
+		if len(refs) == 0 {
+			return
 		}
-		refs = refs[i:]
 	}
 }
 
+// before returns how many refs, which are sorted, stand before those of owner.
+func before(refs []ref, owner uint32) int {
+	i, end := 0, len(refs)
+	for end-i > 16 { // fewer are looked through sooner than halved, each time a toss-up
+		if mid := (i + end) / 2; refs[mid].owner < owner {
+			i = mid + 1
+		} else {
+			end = mid
+		}
+	}
+	for i < end && refs[i].owner < owner {
+		i++
+	}
+	return i
+}
+
 // judge weighs one rule that covers the name or address asked for.
-func (e *eval) judge(ref *ref, h hit) {
+func (e *eval) judge(ref *ref, h hit, r *Request) {
 	rule := &e.p.rules[ref.rule]
 	id := rule.id
 	if id == "" {
 		id = h.id(ref.form)
 	}
 	if rule.deny {
-		denies := e.denies(rule)
+		denies := e.denies(rule, r)
 		switch {
 		case denies && rule.builtin:
 			e.builtin.offer(id)
@@ -245,7 +264,7 @@ func (e *eval) judge(ref *ref, h hit) {
 		}
 		return
 	}
-	stage, reason := e.test(rule)
+	stage, reason := e.test(rule, r)
 	e.exact = e.exact || h.text != "" && !h.glob && !h.below
 	if e.trace != nil {
 		e.record(ref, id, h, reason == ReasonMatched, reason)
@@ -253,11 +272,11 @@ func (e *eval) judge(ref *ref, h hit) {
 	switch {
 	case reason == ReasonMatched:
 		e.allow.offer(id)
-		e.inspect |= e.inspection(rule)
+		e.inspect |= inspection(rule, r)
 	case stage > e.stage:
-		e.stage, e.reason, e.fail = stage, reason, found{true, id}
-	case stage == e.stage && (id < e.fail.id || id == e.fail.id && reason < e.reason):
-		e.reason, e.fail = reason, found{true, id}
+		e.stage, e.reason, e.fail = stage, reason, found(id)
+	case stage == e.stage && (id < string(e.fail) || id == string(e.fail) && reason < e.reason):
+		e.reason, e.fail = reason, found(id)
 	}
 }
 
@@ -271,22 +290,22 @@ func (e *eval) offerDeny(owner uint32, id string) {
 
 // denies reports whether a deny rule that covers the destination applies. Its
 // restrictions narrow it; without them it denies everything there.
-func (e *eval) denies(rule *rule) bool {
-	if e.expired(rule) {
+func (e *eval) denies(rule *rule, r *Request) bool {
+	if rule.expired(r.Time) {
 		return false
 	}
-	if e.r.Protocol == ProtocolDNS {
+	if r.Protocol == ProtocolDNS {
 		return rule.protocols&forDNS != 0 && rule.ports == nil &&
-			(len(rule.qtypes) == 0 || slices.Contains(rule.qtypes, e.r.QType))
+			(len(rule.qtypes) == 0 || slices.Contains(rule.qtypes, r.QType))
 	}
 	if len(rule.qtypes) > 0 {
 		return false
 	}
-	if e.r.Protocol == ProtocolUnknown && rule.protocols != forAny {
-		e.look = e.look || rule.on(e.r.Port) != 0
+	if r.Protocol == ProtocolUnknown && rule.protocols != forAny {
+		e.look = e.look || rule.on(r.Port) != 0
 		return false
 	}
-	return rule.on(e.r.Port)&e.r.Protocol.set() != 0
+	return rule.on(r.Port)&r.Protocol.set() != 0
 }
 
 // set returns the protocols that p may turn out to be.
@@ -304,16 +323,17 @@ func (p Protocol) set() protocols {
 	return forTLS | forHTTP | forTCP
 }
 
-func (e *eval) expired(rule *rule) bool {
-	return !rule.expires.IsZero() && (e.r.Time.IsZero() || !e.r.Time.Before(rule.expires))
+// expired reports whether the rule no longer holds at t. The zero t lies after
+// every date.
+func (r *rule) expired(t time.Time) bool {
+	return !r.expires.IsZero() && (t.IsZero() || !t.Before(r.expires))
 }
 
 // test reports whether an allow rule that covers the name matches the rest of
 // the request: ReasonMatched, or how far it came and why it failed.
-func (e *eval) test(rule *rule) (stage, Reason) {
-	r := &e.r
-	named := r.Destination.IsValid() && !e.expired(rule) &&
-		(namesAddr(rule.private, r.Destination) || r.Name.IsZero() && namesAddr(rule.literal, r.Destination))
+func (e *eval) test(rule *rule, r *Request) (stage, Reason) {
+	named := r.Destination.IsValid() && !rule.expired(r.Time) &&
+		(namesAddr(rule.private, r.Destination) || !e.named && namesAddr(rule.literal, r.Destination))
 	e.privateNamed = e.privateNamed || named
 	switch {
 	case r.Protocol == ProtocolDNS:
@@ -331,11 +351,11 @@ func (e *eval) test(rule *rule) (stage, Reason) {
 			return stageProtocol, ReasonProtocolNotAllowed
 		}
 	}
-	if e.expired(rule) {
+	if rule.expired(r.Time) {
 		return stageExpired, ReasonRuleExpired
 	}
 	if r.Protocol == ProtocolTLS && r.TLS.Seen && rule.protocols&forTCP == 0 {
-		if reason := e.testTLS(&rule.tls); reason != ReasonMatched {
+		if reason := e.testTLS(&rule.tls, r); reason != ReasonMatched {
 			return stageTLS, reason
 		}
 	}
@@ -346,17 +366,17 @@ func (e *eval) test(rule *rule) (stage, Reason) {
 }
 
 // testTLS holds the ClientHello against t.
-func (e *eval) testTLS(t *tlsRule) Reason {
-	hello := &e.r.TLS
+func (e *eval) testTLS(t *tlsRule, r *Request) Reason {
+	hello := &r.TLS
 	switch {
 	case hello.SNI.IsZero():
 		// Whoever asked for a literal address has no name to send (RFC 6066, section 3).
-		if t.sni != sniOptional && !e.r.Name.IsZero() {
+		if t.sni != sniOptional && e.named {
 			return ReasonSNIMissing
 		}
-	case hello.SNI == e.r.Name:
-	case t.sni == sniListed || e.r.Name.IsZero():
-		if !e.listed(hello.SNI) {
+	case hello.SNI == r.Name:
+	case t.sni == sniListed || !e.named:
+		if !e.listed(hello.SNI, r) {
 			return ReasonSNIMismatch
 		}
 	default:
@@ -375,22 +395,22 @@ func (e *eval) testTLS(t *tlsRule) Reason {
 // inlined for the same reason as collectSNI.
 //
 //go:noinline
-func (e *eval) listed(n Name) bool {
-	r := e.r
-	r.Name, r.Protocol, r.TLS, r.Destination = n, ProtocolTLS, TLS{}, netip.Addr{}
-	inner := eval{p: e.p, r: r, g: e.g}
-	inner.collect(n, netip.Addr{})
+func (e *eval) listed(n Name, r *Request) bool {
+	asked := *r
+	asked.Name, asked.Protocol, asked.TLS, asked.Destination = n, ProtocolTLS, TLS{}, netip.Addr{}
+	inner := eval{p: e.p, g: e.g, named: true}
+	e.p.names.match(n.s, &inner, &asked)
 	inner.liftBuiltin()
-	return inner.allow.ok && !inner.deny.ok && !inner.guard.ok
+	return inner.allow != "" && inner.deny == "" && inner.guard == ""
 }
 
 // inspection returns what a CONNECT that rule allows may carry.
-func (e *eval) inspection(rule *rule) Inspect {
-	if e.r.Protocol != ProtocolUnknown {
+func inspection(rule *rule, r *Request) Inspect {
+	if r.Protocol != ProtocolUnknown {
 		return 0
 	}
 	// The three bits of both types stand in the same order.
-	return Inspect(rule.on(e.r.Port) & (forTLS | forHTTP | forTCP))
+	return Inspect(rule.on(r.Port) & (forTLS | forHTTP | forTCP))
 }
 
 // namesAddr reports whether one of ps names a: holds it or, for an address that

@@ -189,10 +189,9 @@ func (d *differ) meanings() {
 	known := map[string]uint32{}
 	for k, p := range d.sides {
 		d.meaning[k] = make([]uint32, len(p.rules))
-		e := eval{p: p, r: d.base}
 		for i := range p.rules {
 			r := &p.rules[i]
-			expired := e.expired(r)
+			expired := r.expired(d.base.Time)
 			if expired && len(r.private) == 0 {
 				continue
 			}

@@ -24,8 +24,8 @@ type Explanation struct {
 // Explain decides r as Decide does and shows how.
 func (p *Policy) Explain(r Request) Explanation {
 	var x Explanation
-	e := eval{p: p, r: r, trace: &x.Candidates}
-	x.Decision = e.decide()
+	e := eval{p: p, trace: &x.Candidates}
+	e.decide(&r, nil, &x.Decision)
 	if _, ok := p.users[r.User]; ok {
 		x.User = r.User
 	} else {

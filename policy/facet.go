@@ -62,14 +62,14 @@ func (s *side) decide(r Request, mode Mode, counts func(*rule) bool) Decision {
 	if s.g == nil {
 		return Decision{Reason: ReasonUnmatchedSource}
 	}
-	e := eval{p: s.p, r: r, g: s.g}
+	e := eval{p: s.p, g: s.g, named: !r.Name.IsZero()}
 	for i := range s.rules {
 		if counts == nil || counts(s.rule(i)) {
-			e.judge(s.rules[i].ref, s.rules[i].hit)
+			e.judge(s.rules[i].ref, s.rules[i].hit, &r)
 		}
 	}
 	d := Decision{Mode: mode}
-	e.verdict(&d)
+	e.verdict(&r, &d)
 	return d
 }
 

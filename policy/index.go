@@ -302,9 +302,9 @@ func (h hit) id(f form) string {
 
 // match calls yield for every pattern that matches name, from the shortest fixed
 // part to the longest.
-func (x *nameIndex) match(name string, e *eval) {
+func (x *nameIndex) match(name string, e *eval, r *Request) {
 	if x.root != 0 {
-		x.visit(name, len(name), x.root, e)
+		x.visit(name, len(name), x.root, e, r)
 	}
 	h := x.seed
 	for end, n := len(name), 1; end > 0; n++ {
@@ -312,7 +312,7 @@ func (x *nameIndex) match(name string, e *eval) {
 		h = extend(h, name[i:end])
 		if x.depth[n/64]>>(n%64)&1 != 0 {
 			if off := x.find(name[i:], h); off != 0 {
-				x.visit(name, i, off, e)
+				x.visit(name, i, off, e, r)
 			}
 		}
 		end = i - 1
@@ -321,21 +321,25 @@ func (x *nameIndex) match(name string, e *eval) {
 
 // visit looks at the record at off, of the fixed part name[i:]; i is len(name) for
 // the root.
-func (x *nameIndex) visit(name string, i int, off uint32, e *eval) {
+func (x *nameIndex) visit(name string, i int, off uint32, e *eval, r *Request) {
 	if i == 0 {
 		if refs := x.exact(off); refs != 0 {
-			e.consider(hit{refs: refs, text: x.text(off)})
+			e.consider(hit{refs: refs, text: x.text(off)}, r)
 		}
 	} else if refs := x.below(off); refs != 0 {
-		e.consider(hit{refs: refs, text: x.text(off), below: true})
+		e.consider(hit{refs: refs, text: x.text(off), below: true}, r)
 	}
-	if x.globs == nil {
-		return
+	if x.globs != nil {
+		x.visitGlobs(x.globs[off], strings.TrimSuffix(name[:i], "."), e, r)
 	}
-	left := strings.TrimSuffix(name[:i], ".")
-	for _, g := range x.globs[off] {
-		if globMatch(g.labels, left, g.apex, g.below) {
-			e.consider(hit{refs: g.refs, text: g.text, glob: true})
+}
+
+// visitGlobs looks at patterns with a wildcard inside; left is what the name has to
+// the left of their fixed part.
+func (x *nameIndex) visitGlobs(globs []glob, left string, e *eval, r *Request) {
+	for i := range globs {
+		if g := &globs[i]; globMatch(g.labels, left, g.apex, g.below) {
+			e.consider(hit{refs: g.refs, text: g.text, glob: true}, r)
 		}
 	}
 }

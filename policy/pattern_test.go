@@ -76,9 +76,9 @@ func indexed(t testing.TB, p pattern, name string) bool {
 		t.Fatal(err)
 	}
 	pol := &Policy{names: x, postings: ps, rules: []rule{{id: "r", protocols: forAny}}}
-	e := eval{p: pol, g: &group{owners: []uint32{1}}, r: Request{Protocol: ProtocolDNS, QType: 1}}
-	pol.names.match(name, &e)
-	return e.allow.ok
+	e := eval{p: pol, g: &group{owners: []uint32{1}}, named: true}
+	pol.names.match(name, &e, &Request{Protocol: ProtocolDNS, QType: 1})
+	return e.allow != ""
 }
 
 // naiveMatch is the obvious matcher, label by label, that the index is held against.

@@ -23,6 +23,16 @@ func (s *Store) Decide(r Request) Decision {
 	return p.Decide(r)
 }
 
+// DecideWire returns the decision of the current policy for a DNS question whose
+// name is n; without a policy, a denial.
+func (s *Store) DecideWire(n *WireName, r Request) Decision {
+	p := s.current.Load()
+	if p == nil {
+		return Decision{Reason: ReasonUnmatchedSource}
+	}
+	return p.DecideWire(n, r)
+}
+
 // Policy returns the policy in force, or nil if there never was one.
 func (s *Store) Policy() *Policy { return s.current.Load() }
 
