@@ -78,7 +78,7 @@ type Decision struct {
 	Mode     Mode    // mode of the group at Request.Time
 	Reason   Reason  // why; ReasonMatched for Allow
 	Inspect  Inspect // what to look for, with a verdict that passes and ProtocolUnknown
-	Rule     string  // ID of the rule that decided, or ""
+	Rule     string  // ID of the rule that decided, or ""; clone it to keep it, for it may be a part of the policy's memory
 	Group    string  // name of the group, or ""
 	Revision string  // revision of the policy that decided
 }

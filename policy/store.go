@@ -33,6 +33,14 @@ func (s *Store) DecideWire(n *WireName, r Request) Decision {
 	return p.DecideWire(n, r)
 }
 
+// Revision returns the revision of the policy in force, or "" if there never was one.
+func (s *Store) Revision() string {
+	if p := s.current.Load(); p != nil {
+		return p.revision
+	}
+	return ""
+}
+
 // Policy returns the policy in force, or nil if there never was one.
 func (s *Store) Policy() *Policy { return s.current.Load() }
 

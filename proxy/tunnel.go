@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -35,6 +36,9 @@ type tunnel struct {
 // caller's stack, grown while the tunnel was set up, is not kept. generation is
 // the policy generation that t was decided under. t owns its connections.
 func (t *tunnel) start(generation uint64) {
+	// The rule's ID may be cut from the memory of a whole policy, which would then live
+	// as long as t.
+	t.ev.Decision.Rule = strings.Clone(t.ev.Decision.Rule)
 	t.s.wg.Add(1)
 	t.s.register(t, generation)
 	go t.run()

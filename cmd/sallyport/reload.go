@@ -3,12 +3,15 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"sync"
 	"time"
 
 	"sallyport/internal/admin"
+	"sallyport/policy"
 	"sallyport/policy/event"
+	"sallyport/policy/provider/lastgood"
 )
 
 // request asks the reloader for something; a request that is waiting already will do.
@@ -34,7 +37,7 @@ func (g *gate) reloader(ctx context.Context) {
 		err = errors.Join(err, g.attempt("policy", g.reloadPolicy))
 		now := time.Now()
 		g.metrics.SetReload(err == nil, now)
-		g.status.reloaded(g.store.Policy().Revision(), err, now)
+		g.status.reloaded(g.store.Revision(), err, now)
 	}
 }
 
@@ -43,7 +46,7 @@ func (g *gate) attempt(what string, reload func() error) error {
 	ev := event.Event{Time: time.Now(), Kind: event.Config, Name: what}
 	err := reload()
 	ev.Duration = time.Since(ev.Time)
-	ev.Decision.Revision = g.store.Policy().Revision()
+	ev.Decision.Revision = g.store.Revision()
 	if err != nil {
 		ev.Error = err.Error()
 		for line := range strings.SplitSeq(ev.Error, "\n") {
@@ -80,9 +83,56 @@ func (g *gate) reloadPolicy() error {
 	for _, w := range warnings {
 		g.logger.Warn().Msg(w.Error())
 	}
-	if p.Revision() != g.store.Policy().Revision() {
+	if p.Revision() != g.store.Revision() {
 		g.store.Swap(p)
 	}
+	g.keep()
+	return nil
+}
+
+// keep copies the policy that was just loaded for a start without its source.
+func (g *gate) keep() {
+	if g.source.files == nil || g.settings.Policy.LastGood == "" {
+		return
+	}
+	if err := g.source.files.Keep(g.settings.Policy.LastGood); err != nil {
+		g.logger.Warn().Err(err).Msg("the policy is in force, but there is no copy of it for the next start")
+	}
+}
+
+// first puts the first policy in force. If the source has none that is good, it is
+// the last good one, if settings name a file for that; and if that cannot be read
+// either, everything is denied until the source can be read. A policy with mistakes
+// is an error in that case: whoever starts the gate for the first time should see them.
+func (g *gate) first(p *policy.Policy, err error) error {
+	now := time.Now()
+	if err == nil {
+		g.store.Swap(p)
+		g.status.loaded(p.Revision(), now)
+		g.metrics.SetReload(true, now)
+		g.keep()
+		return nil
+	}
+	_, mistakes := errors.AsType[policy.Errors](err)
+	last, _, written, lastErr := lastgood.Load(g.settings.Policy.LastGood)
+	switch {
+	case lastErr == nil:
+		g.store.Swap(last)
+		g.logger.Error().Str("policy", last.Revision()).Time("written", written).Msg("the last good policy is in force, for that of policy.source cannot be used")
+	case mistakes:
+		return usageError(fmt.Errorf("%w\n%w", err, lastErr))
+	default:
+		g.logger.Error().Err(lastErr).Msg("everything is denied: neither policy.source nor policy.last_good can be read")
+	}
+	for line := range strings.SplitSeq(err.Error(), "\n") {
+		g.logger.Error().Msg("policy not loaded: " + line)
+	}
+	g.status.reloaded(g.store.Revision(), err, now)
+	g.status.fellBack(lastErr == nil)
+	g.metrics.SetReload(false, now)
+	g.observer.Observe(&event.Event{
+		Time: now, Kind: event.Config, Name: "policy", Error: err.Error(), Decision: policy.Decision{Revision: g.store.Revision()},
+	})
 	return nil
 }
 
@@ -102,6 +152,13 @@ func (s *status) loaded(revision string, at time.Time) {
 	s.policy = admin.Policy{Revision: revision, LoadedAt: at, LastReload: admin.Reload{OK: true, At: at}}
 }
 
+// fellBack notes whether the policy in force is the copy of the last good one.
+func (s *status) fellBack(yes bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.policy.LastGood = yes
+}
+
 // reloaded notes an attempt to reload, after it is in force or refused.
 func (s *status) reloaded(revision string, err error, at time.Time) {
 	s.mu.Lock()
@@ -111,6 +168,7 @@ func (s *status) reloaded(revision string, err error, at time.Time) {
 		s.policy.Revision, s.policy.LoadedAt = revision, at
 	}
 	s.policy.LastReload = admin.Reload{OK: err == nil, At: at}
+	s.policy.LastGood = s.policy.LastGood && err != nil
 	if err != nil {
 		s.policy.LastReload.Error = err.Error()
 	}

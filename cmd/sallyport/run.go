@@ -9,7 +9,6 @@ import (
 	"os/signal"
 	"sync"
 	"syscall"
-	"time"
 
 	"github.com/rs/zerolog"
 	"github.com/spf13/cobra"
@@ -75,9 +74,10 @@ type gate struct {
 func newGate(o *options, s config.Settings) (*gate, error) {
 	g := &gate{options: o, settings: s, source: newSource(s), hangup: make(chan struct{}, 1), changed: make(chan struct{}, 1)}
 	first, warnings, err := g.source.load()
-	if err != nil {
+	if err != nil && (s.Policy.LastGood == "" || g.source.files == nil) {
 		return nil, usageError(err)
 	}
+	loadErr := err
 	if g.log, err = eventlog.Open(eventlog.Options{
 		Format: eventlog.Format(s.Log.Format), Output: s.Log.Output, Level: s.Log.Level, Node: s.Node,
 	}); err != nil {
@@ -109,10 +109,7 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 		Listen: s.Admin.Listen, Status: g.readiness, Metrics: g.metrics.Handler(),
 	})
 	g.store.OnChange(g.policyChanged)
-	g.store.Swap(first)
-	g.status.loaded(first.Revision(), time.Now())
-	g.metrics.SetReload(true, time.Now())
-	return g, nil
+	return g, g.first(first, loadErr)
 }
 
 func (g *gate) dnsConfig() dnsfilter.Config {

@@ -33,6 +33,9 @@ type Policy struct {
 	Revision   string    `json:"revision"`
 	LoadedAt   time.Time `json:"loaded_at"` // when this revision came into force
 	LastReload Reload    `json:"last_reload"`
+	// LastGood says that the source could not be used at the start, and this is the
+	// copy of the last policy that was good.
+	LastGood bool `json:"last_good"`
 }
 
 // Reload is the last attempt to load a policy.

@@ -108,7 +108,8 @@ type Admin struct {
 
 // Policy says where the policy document comes from.
 type Policy struct {
-	Source string `yaml:"source" kind:"source" doc:"The policy file, or a folder of policy files (*.yaml, which make up one policy together), relative to this file. The word embedded: the starter policy inside the program."`
+	Source   string `yaml:"source" kind:"source" doc:"The policy file, or a folder of policy files (*.yaml, which make up one policy together), relative to this file. The word embedded: the starter policy inside the program."`
+	LastGood string `yaml:"last_good" kind:"path" doc:"A file in which the last policy that was good is kept, with its list files (a zip archive). At the start it is used if source cannot be; if there is none either, everything is denied until source can be read. Its folder must exist and be writable. Empty: no copy, and a start without a good policy fails."`
 }
 
 // Log says what is written where.

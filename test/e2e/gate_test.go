@@ -64,6 +64,14 @@ type gate struct {
 // The listeners take free ports, which the startup lines tell.
 func start(t *testing.T, w *world, policy string, extra ...string) *gate {
 	t.Helper()
+	g := begin(t, w, policy, extra...)
+	g.until("ready", func() bool { return g.ready().Ready })
+	return g
+}
+
+// begin is start without waiting until the gate is ready.
+func begin(t *testing.T, w *world, policy string, extra ...string) *gate {
+	t.Helper()
 	g := &gate{t: t, dir: t.TempDir(), exited: make(chan struct{}), more: make(chan struct{})}
 	g.write("policy.yaml", policy)
 	g.write("sallyport.yaml", fmt.Sprintf(`
@@ -115,7 +123,6 @@ policy: {source: policy.yaml}
 	g.proxy = g.listener("proxy")
 	g.dns = g.listener("dns")
 	g.admin = g.listener("admin")
-	g.until("ready", func() bool { return g.ready().Ready })
 	return g
 }
 
@@ -222,6 +229,7 @@ type readyz struct {
 	Draining bool
 	Policy   struct {
 		Revision   string
+		LastGood   bool `json:"last_good"`
 		LastReload struct {
 			OK    bool
 			At    string

@@ -18,12 +18,14 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
 
 	"sallyport/policy"
+	"sallyport/policy/provider/lastgood"
 )
 
 const (
@@ -51,6 +53,15 @@ type Provider struct {
 	mu    sync.Mutex // guards the rest
 	loads int
 	files map[string]state // what was read last, by path
+	good  good             // what the last good policy was made of
+}
+
+// good is what a policy was made of.
+type good struct {
+	revision string
+	policies []string          // paths of the policy files, in their order
+	lists    map[string]string // path of each list file, by its name in the policy
+	files    map[string]state  // what was read
 }
 
 // New returns a Provider for the policy file at path, or for the folder of
@@ -71,10 +82,13 @@ func New(path string) *Provider {
 // policy file, or to the folder. Only regular files are read; anything else is refused
 // at once. An error for mistakes in the policy is a [policy.Errors].
 func (p *Provider) Load() (*policy.Policy, []*policy.Error, error) {
-	read := reading{files: map[string]state{}}
+	read := newReading()
 	compiled, warnings, err := p.load(&read)
 	p.mu.Lock()
 	p.files = read.files
+	if err == nil {
+		p.good = good{compiled.Revision(), read.policies, read.lists, read.files}
+	}
 	p.loads++
 	p.mu.Unlock()
 	select {
@@ -106,15 +120,61 @@ func (p *Provider) load(read *reading) (*policy.Policy, []*policy.Error, error) 
 		}
 		fragments = append(fragments, policy.Fragment{File: name, Data: data})
 	}
+	read.policies = files
 	return policy.LoadFragments(fragments, policy.Options{
 		Now: time.Now(),
 		Open: func(name string) (io.ReadCloser, error) {
-			if !filepath.IsAbs(name) {
-				name = filepath.Join(folder, name)
+			path := name
+			if !filepath.IsAbs(path) {
+				path = filepath.Join(folder, path)
 			}
-			return read.open(name, maxList)
+			read.lists[name] = path
+			return read.open(path, maxList)
 		},
 	})
+}
+
+// Keep writes what the last good policy was loaded from to the path name, for
+// [lastgood.Load]. It is an error if a file has changed meanwhile; the change will be
+// loaded, and then can be kept, in its turn.
+func (p *Provider) Keep(name string) error {
+	p.mu.Lock()
+	g := p.good
+	p.mu.Unlock()
+	again := func(name, path string, limit int64) lastgood.File {
+		return lastgood.File{Name: name, Open: func() (io.ReadCloser, error) {
+			read := newReading()
+			f, err := read.open(path, limit)
+			if err != nil {
+				return nil, err
+			}
+			return &same{f, &read, g.files[path].sum}, nil
+		}}
+	}
+	c := lastgood.Content{Revision: g.revision}
+	for _, path := range g.policies {
+		c.Policies = append(c.Policies, again(path, path, policy.MaxDocument))
+	}
+	for _, list := range slices.Sorted(maps.Keys(g.lists)) {
+		c.Lists = append(c.Lists, again(list, g.lists[list], maxList))
+	}
+	return lastgood.Write(name, c)
+}
+
+// same is a file that is read again; what is read must be what was read before.
+type same struct {
+	*tracked
+	read   *reading
+	before [sha256.Size]byte
+}
+
+// Close reports a difference.
+func (s *same) Close() error {
+	err := s.tracked.Close()
+	if path := s.file.Name(); err == nil && s.read.files[path].sum != s.before {
+		err = fmt.Errorf("%s has changed meanwhile", path)
+	}
+	return err
 }
 
 func isFolder(path string) bool {
@@ -180,7 +240,7 @@ type state struct {
 // inspect returns the present state of path, and reads the file only if it may
 // differ from before.
 func (p *Provider) inspect(path string, before state) state {
-	read := reading{files: map[string]state{}}
+	read := newReading()
 	if path == p.path && isFolder(path) {
 		_, _ = read.list(path) // the state says what is wrong
 		return read.files[path]
@@ -203,7 +263,13 @@ func (p *Provider) inspect(path string, before state) state {
 }
 
 // A reading notes the state of every file that is read.
-type reading struct{ files map[string]state }
+type reading struct {
+	files    map[string]state
+	policies []string          // as in good
+	lists    map[string]string // as in good
+}
+
+func newReading() reading { return reading{files: map[string]state{}, lists: map[string]string{}} }
 
 // open opens the regular file at path for reading up to limit bytes.
 func (r *reading) open(path string, limit int64) (*tracked, error) {
