@@ -31,10 +31,11 @@ func try(t testing.TB, keys string, edit ...func(*Config)) *trial {
 // tryPolicy does the same with the policy that text returns for the origin's port.
 func tryPolicy(t testing.TB, text func(port int) string, edit ...func(*Config)) *trial {
 	tr := &trial{far: listen(t, "127.0.0.1:0"), counts: metrics.New(metrics.Options{})}
+	written := text(tr.far.port())
+	p := compile(t, written)
 	t.Cleanup(func() { tr.quiet() }) // when the gate has stopped, no other event can come
-	p := compile(t, text(tr.far.port()))
 	tr.counts.SetPolicy(p.Revision(), []string{"g", "h"})
-	tr.gate = start(t, text(tr.far.port()), append(edit, func(c *Config) {
+	tr.gate = start(t, written, append(edit, func(c *Config) {
 		c.Observer = event.Observers{tr.counts, c.Observer}
 	})...)
 	tr.resolver.set("api.ok.test", "127.0.0.1")
