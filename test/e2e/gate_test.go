@@ -54,6 +54,7 @@ type gate struct {
 	exited            chan struct{}
 	exitErr           error
 
+	hold   sync.Mutex // whoever has it keeps stdout from being read
 	mu     sync.Mutex // guards lines, stderr
 	lines  []map[string]any
 	more   chan struct{} // closed and renewed with each line
@@ -144,6 +145,8 @@ func (g *gate) readEvents(r io.Reader) {
 	sc := bufio.NewScanner(r)
 	sc.Buffer(nil, 1<<20)
 	for sc.Scan() {
+		g.hold.Lock()
+		g.hold.Unlock() //nolint:staticcheck // a gate to wait at
 		var line map[string]any
 		if err := json.Unmarshal(sc.Bytes(), &line); err != nil {
 			g.t.Errorf("a line of stdout is not JSON: %v\n%q", err, sc.Text())
