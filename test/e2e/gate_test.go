@@ -54,8 +54,9 @@ type gate struct {
 	exited            chan struct{}
 	exitErr           error
 
-	hold   sync.Mutex // whoever has it keeps stdout from being read
-	mu     sync.Mutex // guards lines, stderr
+	sink   func(line map[string]any) bool // takes a line that lines need not keep; nil: none
+	hold   sync.Mutex                     // whoever has it keeps stdout from being read
+	mu     sync.Mutex                     // guards lines, stderr
 	lines  []map[string]any
 	more   chan struct{} // closed and renewed with each line
 	stderr bytes.Buffer
@@ -156,6 +157,10 @@ func (g *gate) readEvents(r io.Reader) {
 			g.t.Errorf("a line of %d bytes", len(sc.Bytes()))
 		}
 		g.mu.Lock()
+		if g.sink != nil && g.sink(line) {
+			g.mu.Unlock()
+			continue
+		}
 		g.lines = append(g.lines, line)
 		close(g.more)
 		g.more = make(chan struct{})
