@@ -84,6 +84,7 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 		return nil, &exitError{exitFailure, err}
 	}
 	g.logger = g.log.Logger()
+	takeLibraryLog(g.logger)
 	for _, w := range warnings {
 		g.logger.Warn().Msg(w.Error())
 	}

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -54,7 +55,10 @@ func TestSoak(t *testing.T) {
 	var work sync.WaitGroup
 	quiet := s.openTunnels(tunnels)
 	t.Logf("%d tunnels open: %v", tunnels, s.figures())
-	work.Go(func() { s.keepAlive(quiet, stop) })
+	const keepers = 32 // each has a fair part to keep alive within the idle time
+	for part := range slices.Chunk(quiet, max(len(quiet)/keepers, 1)) {
+		work.Go(func() { s.keepAlive(part, stop) })
+	}
 	reloads := 0
 	work.Go(func() { reloads = s.reloadAgainAndAgain(stop, min(time.Second, length/10)) })
 	for n := range clients {
@@ -83,8 +87,8 @@ func TestSoak(t *testing.T) {
 	if code := s.g.wait(); code != 0 {
 		t.Errorf("exit status %d", code)
 	}
-	if out := s.g.stderr.String(); strings.Contains(out, "panic") || strings.Contains(out, "goroutine ") {
-		t.Errorf("stderr: %s", out)
+	if out := s.g.stderr.String(); out != "" { // a crash, or what a library says there
+		t.Errorf("stderr: %.4000s", out)
 	}
 }
 

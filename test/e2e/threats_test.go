@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -103,6 +104,49 @@ func TestT69LogInjection(t *testing.T) {
 	g.until("an event for each of them", func() bool { return events() >= lines })
 	if n := events(); n != lines {
 		t.Errorf("%d events of %d requests", n, lines)
+	}
+}
+
+// TestT69OriginsDoNotWrite has an origin say what nobody asked for, which net/http
+// prints: not on our standard error, where there are no bounds and no JSON.
+func TestT69OriginsDoNotWrite(t *testing.T) {
+	w := newWorld(t)
+	l := listen(t, originAddr+":0")
+	port := l.Addr().(*net.TCPAddr).Port
+	answered := make(chan struct{})
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		c.Read(make([]byte, 4096))
+		io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+		<-answered
+		io.WriteString(c, "unasked\r\n"+strings.Repeat("x", 2000))
+	}()
+	g := start(t, w, policyText(w, fmt.Sprintf("      - {names: [says.ok.test], ports: [%d], private_destinations: [127.0.0.0/8]}", port)), "--log-level", "debug")
+	c := dialFrom(t, ciSource, g.proxy)
+	fmt.Fprintf(c, "GET http://says.ok.test:%d/ HTTP/1.1\r\nHost: x\r\n\r\n", port)
+	if _, err := http.ReadResponse(bufio.NewReader(c), nil); err != nil {
+		t.Fatal(err)
+	}
+	close(answered)
+	<-done
+	g.until("it is a message", func() bool {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		return slices.ContainsFunc(g.lines, func(l map[string]any) bool {
+			text, _ := l["message"].(string)
+			return l["level"] == "debug" && strings.Contains(text, "unasked") && len(text) < 1000
+		})
+	})
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.stderr.Len() > 0 {
+		t.Errorf("stderr: %s", g.stderr.String())
 	}
 }
 
