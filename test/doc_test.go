@@ -388,6 +388,7 @@ func TestThreatsAreTested(t *testing.T) {
 			t.Errorf("docs/threats.md: %s stands after %s", number, last)
 		}
 		last, rows[number] = number, proof
+		honest := strings.HasPrefix(strings.TrimSpace(proof), "– ")
 		named := regexp.MustCompile("`((?:Test|Fuzz)\\w+)`").FindAllStringSubmatch(proof, -1)
 		own := false
 		for _, n := range named {
@@ -396,20 +397,27 @@ func TestThreatsAreTested(t *testing.T) {
 			}
 			own = own || strings.HasPrefix(n[1], "Test"+number)
 		}
-		switch honest := strings.HasPrefix(strings.TrimSpace(proof), "–"); {
-		case len(named) > 0 && !own:
+		switch {
+		case len(named) > 0 && !own && !honest:
 			t.Errorf("docs/threats.md: no test in the row of %s is named Test%[1]s…", number)
 		case len(named) == 0 && !honest:
 			t.Errorf("docs/threats.md: %s names no test and does not say why (–, and the reason)", number)
 		}
 	}
-	for n := 1; n <= 41; n++ {
+	for n := 1; n <= 71; n++ {
+		if n == 42 { // those of the resolver have their own page
+			n = 58
+		}
 		if number := fmt.Sprintf("T%02d", n); rows[number] == "" {
 			t.Errorf("docs/threats.md has no row for %s", number)
 		}
 	}
 	for test := range tests {
-		if m := regexp.MustCompile(`^TestT(\d\d)[A-Z]`).FindStringSubmatch(test); m != nil && !strings.Contains(rows["T"+m[1]], "`"+test+"`") {
+		m := regexp.MustCompile(`^TestT(\d\d)[A-Z]`).FindStringSubmatch(test)
+		if m == nil {
+			continue
+		}
+		if row, ok := rows["T"+m[1]]; ok && !strings.Contains(row, "`"+test+"`") {
 			t.Errorf("docs/threats.md: the row of T%s does not name %s", m[1], test)
 		}
 	}
