@@ -233,6 +233,13 @@ func FuzzConnection(f *testing.F) {
 	f.Add([]byte{0, stepSay, 0, stepSayInBytes, 8, stepSay, 20, stepOriginSay, 8, stepPolicy})
 	f.Add([]byte{0, stepSay, 2, stepOriginSay, 8, stepCloseWrite, stepOriginSay, 9, stepOriginReset})
 	f.Add([]byte{1, stepDial, 3, stepSayTwoWords, 0, 8, stepWait, 100, stepOriginCloseWrite})
+	f.Add([]byte{1, stepSay, 0}) // silence in every phase
+	f.Add([]byte{1, stepSay, 0, stepSay, 36})
+	f.Add([]byte{1, stepSay, 36})
+	f.Add([]byte{1, stepSay, 31})
+	f.Add([]byte{1, stepSay, 3, stepSay, 28})
+	f.Add([]byte{1})
+	f.Add([]byte{0, stepSay, 3, stepSay, 15}) // a session that needs no far side
 	f.Add([]byte{0, stepLookUp, 2, stepSay, 0, stepReset})
 	f.Add([]byte{0, stepSay, 12, stepOriginSay, 0, stepSay, 12, stepOriginSay, 0, stepSay, 0, stepSay, 8, stepOriginSay, 7})
 	f.Add([]byte{0, stepSay, 17, stepSay, 18, stepSay, 19, stepOriginSay, 1, stepOriginSay, 2, stepSay, 13})
@@ -270,6 +277,9 @@ func tryConnection(t *testing.T, in []byte) {
 	l.close() // and synctest waits for every goroutine
 	if st := l.srv.Stats(); st.Panics != 0 {
 		t.Errorf("%d panics", st.Panics)
+	}
+	if n := l.open(); n != 0 {
+		t.Errorf("%d connections were left open", n)
 	}
 	judge(t, s)
 }

@@ -211,6 +211,7 @@ type lab struct {
 	hasty  bool                        // see memConn
 	lookup func(context.Context) error // fails a look-up; nil: none
 	events []event.Event
+	near   []*memConn // the Server's ends of clients' connections
 	far    []*farConn
 	down   bool                        // origins refuse connections
 	dial   func(context.Context) error // fails a connection attempt; nil: none
@@ -220,6 +221,7 @@ type lab struct {
 // what has arrived.
 type farConn struct {
 	*memConn
+	ours *memConn // the Server's end
 	to   netip.AddrPort
 	got  []byte
 	done chan struct{} // the reader has ended
@@ -278,7 +280,7 @@ func (l *lab) connect(ctx context.Context, to netip.AddrPort) (net.Conn, error) 
 		}
 	}
 	ours, theirs := memPipe(netip.AddrPortFrom(l.addr(), 50000), to)
-	f := &farConn{memConn: theirs, to: to, done: make(chan struct{})}
+	f := &farConn{memConn: theirs, ours: ours, to: to, done: make(chan struct{})}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.down {
@@ -310,6 +312,7 @@ func (f *farConn) receive(mu *sync.Mutex) {
 func (l *lab) client() *memConn {
 	ours, theirs := memPipe(labClient, netip.AddrPortFrom(l.addr(), 3128))
 	theirs.hasty = l.hasty
+	l.near = append(l.near, theirs)
 	l.l.conns <- theirs
 	return ours
 }
@@ -329,6 +332,24 @@ func (l *lab) seen() []event.Event {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.events
+}
+
+// open returns how many of its ends of connections the Server has not closed.
+func (l *lab) open() (n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	ours := l.near
+	for _, f := range l.far {
+		ours = append(ours, f.ours)
+	}
+	for _, c := range ours {
+		c.mu.Lock()
+		if !c.closed {
+			n++
+		}
+		c.mu.Unlock()
+	}
+	return n
 }
 
 // close ends the origins and the Server, and waits for everything they started.
