@@ -37,6 +37,7 @@ func tryPolicy(t testing.TB, text func(port int) string, edit ...func(*Config)) 
 	tr.counts.SetPolicy(p.Revision(), []string{"g", "h"})
 	tr.gate = start(t, written, append(edit, func(c *Config) {
 		c.Observer = event.Observers{tr.counts, c.Observer}
+		c.Timeouts.ClientHello = patience // some are sent byte by byte
 	})...)
 	tr.resolver.set("api.ok.test", "127.0.0.1")
 	return tr

@@ -119,7 +119,8 @@ func newSoak(t *testing.T) *soak {
 	l := listen(t, originAddr+":0")
 	s.hostile = l.Addr().(*net.TCPAddr).Port
 	go misbehave(l)
-	s.g = start(t, s.w, s.policy(0))
+	// Who behaves must not fail for being slow: that would be this machine.
+	s.g = start(t, s.w, s.policy(0), "--set", "proxy.timeouts.connect=20s", "--set", "proxy.timeouts.client_hello=20s", "--set", "proxy.timeouts.request_header=20s")
 	s.g.mu.Lock()
 	s.g.sink = s.take
 	s.g.mu.Unlock()
