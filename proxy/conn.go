@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"net"
-	"net/netip"
 	"sync"
 	"time"
 )
@@ -93,7 +92,7 @@ func (c *idleConn) CloseWrite() error {
 type clientConn struct {
 	idleConn
 	s       *Server
-	source  netip.AddrPort
+	source  asker
 	replay  []byte   // read before, not yet given to net/http
 	session *session // set inside a CONNECT
 	serving bool     // a handler was called for the current request

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"net"
 	"net/http"
-	"net/netip"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -33,6 +32,7 @@ func (s *Server) serveConn(conn net.Conn) {
 	defer s.wg.Done()
 	defer s.recovered(conn)
 	p := s.enter(conn, false)
+	defer s.descriptors.release()
 	defer s.leave(p)
 	buf := buffers.Get().(*[minBuffer]byte)
 	defer buffers.Put(buf)
@@ -42,20 +42,44 @@ func (s *Server) serveConn(conn net.Conn) {
 // front reads the first head of a connection and passes the connection on.
 func (s *Server) front(p *pending, buf []byte) {
 	start := time.Now()
-	source := remoteAddr(p.conn)
 	p.conn.SetReadDeadline(start.Add(s.cfg.Timeouts.RequestHeader))
+	source, buf, ok := s.introduce(p, buf, start)
+	if !ok {
+		return
+	}
+	tooMany := s.rates.exceeded(source.Addr(), start)
+	if tooMany {
+		defer s.hurried.Add(-1)
+		if s.hurried.Add(1) > maxHurried {
+			s.dropTooMany(p, source, start)
+			return
+		}
+		p.conn.SetReadDeadline(start.Add(min(hurry, s.cfg.Timeouts.RequestHeader)))
+	}
 	raw, n, err := readHead(firstRead{p}, buf, s.cfg.Limits.HeaderBytes)
 	if len(raw) == 0 { // a probe, or a connection opened in advance
+		if tooMany {
+			s.dropTooMany(p, source, start)
+		}
 		p.conn.Close()
+		return
+	}
+	if err := s.unexpected(p, raw); err != nil {
+		s.reject(p, source, start, err)
 		return
 	}
 	var h head
 	if err == nil {
 		h, err = parseHead(raw[:n])
 	}
+	if err == nil && len(h.target) > s.cfg.Limits.URLBytes {
+		err = errURLTooLong
+	}
 	switch {
 	case err != nil:
 		s.refuseHead(p.conn, source, start, &h, err)
+	case tooMany:
+		s.refuseTooMany(p, source, start, &h)
 	case h.isConnect():
 		s.serveConnect(p.conn, source, start, &h, raw[n:])
 	default:
@@ -78,7 +102,7 @@ func (r firstRead) Read(b []byte) (int, error) {
 }
 
 // refuseHead answers a head that is not HTTP as it should be.
-func (s *Server) refuseHead(conn net.Conn, source netip.AddrPort, start time.Time, h *head, err error) {
+func (s *Server) refuseHead(conn net.Conn, source asker, start time.Time, h *head, err error) {
 	c := &connect{s: s, client: conn, json: h.json}
 	kind := event.HTTP
 	if h.isConnect() {
@@ -128,6 +152,7 @@ func (s *Server) connState(conn net.Conn, state http.ConnState) {
 		} else if state == http.StateClosed {
 			c.session.end()
 		}
+		s.descriptors.release()
 		s.wg.Done()
 	}
 }
@@ -166,10 +191,11 @@ func (s *Server) takeBack(c *clientConn, w http.ResponseWriter, r *http.Request)
 		s.wg.Done()
 		panic(http.ErrAbortHandler)
 	}
+	conn.SetWriteDeadline(start.Add(s.cfg.Timeouts.Connect + answerTime)) // the client may not have taken in what came before
 	go s.serveTakenBack(conn, c.source, start, h, early, r.ContentLength != 0)
 }
 
-func (s *Server) serveTakenBack(conn net.Conn, source netip.AddrPort, start time.Time, h *head, early []byte, content bool) {
+func (s *Server) serveTakenBack(conn net.Conn, source asker, start time.Time, h *head, early []byte, content bool) {
 	defer s.wg.Done()
 	defer s.recovered(conn)
 	defer s.leave(s.enter(conn, true))
