@@ -207,8 +207,8 @@ func TestT59SlowHeader(t *testing.T) {
 	}
 }
 
-// trickle sends s a byte at a time, pausing before each, until it is all sent or
-// the connection has ended.
+// trickle sends s a byte at a time, and then more and more, until the connection
+// ends, which it must.
 func (c *client) trickle(s string, pause time.Duration) {
 	c.t.Helper()
 	ended := make(chan struct{})
@@ -218,21 +218,22 @@ func (c *client) trickle(s string, pause time.Duration) {
 	}()
 	tick := time.NewTicker(pause)
 	defer tick.Stop()
-	for i := range len(s) {
+	for end := time.Now().Add(patience / 2); time.Now().Before(end); {
 		select {
 		case <-ended:
 			return
 		case <-tick.C:
 		}
-		if _, err := io.WriteString(c.TCPConn, s[i:i+1]); err != nil {
-			break
+		next := "x"
+		if s != "" {
+			next, s = s[:1], s[1:]
+		}
+		if _, err := io.WriteString(c.TCPConn, next); err != nil {
+			<-ended
+			return
 		}
 	}
-	select {
-	case <-ended:
-	case <-time.After(patience):
-		c.t.Error("the connection does not end")
-	}
+	c.t.Error("the connection does not end")
 }
 
 // A header alone is no request: it does not hold up the end of the program.

@@ -191,7 +191,6 @@ func (s *Server) takeBack(c *clientConn, w http.ResponseWriter, r *http.Request)
 		s.wg.Done()
 		panic(http.ErrAbortHandler)
 	}
-	conn.SetWriteDeadline(start.Add(s.cfg.Timeouts.Connect + answerTime)) // the client may not have taken in what came before
 	go s.serveTakenBack(conn, c.source, start, h, early, r.ContentLength != 0)
 }
 
@@ -199,6 +198,8 @@ func (s *Server) serveTakenBack(conn net.Conn, source asker, start time.Time, h 
 	defer s.wg.Done()
 	defer s.recovered(conn)
 	defer s.leave(s.enter(conn, true))
+	// The client may not have taken in what came before, and so not take in the 200.
+	conn.SetWriteDeadline(start.Add(s.cfg.Timeouts.Connect + answerTime))
 	if content {
 		s.refuseHead(conn, source, start, h, badHead("CONNECT with content"))
 		return
