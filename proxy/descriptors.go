@@ -19,9 +19,13 @@ const (
 	minReserve = 16
 	maxReserve = 256
 
-	// calmLooks is how many looks in a row must find plenty of descriptors until a
-	// shortage is over: one that found few in use may have met a gap.
+	// calmLooks is how many looks in a row must find plenty of descriptors until
+	// there are: one that found few in use may have met a gap.
 	calmLooks = 16
+
+	// calmTime is how long accepting must have gone on without a pause until a
+	// shortage counts as over: it is logged once, however often accepting pauses.
+	calmTime = time.Minute
 )
 
 var errDescriptors = errors.New("the process is running out of descriptors (RLIMIT_NOFILE)")
@@ -34,13 +38,16 @@ type descriptors struct {
 	freed   chan struct{} // a connection was closed while somebody waits
 	waiting atomic.Int32  // listeners that wait for descriptors
 	scarce  atomic.Bool   // there were few lately: every connection is looked at
-	episode atomic.Bool   // accepting had to pause, and there were few ever since
 	pauses  atomic.Uint64 // of accepting
+
+	calm    time.Duration // calmTime, but in tests
+	start   time.Time     // of the server, with the monotonic clock
+	episode atomic.Int64  // when accepting paused last, in ns after start, if that is not over; 0: it is
 }
 
 // newDescriptors returns descriptors for the process's limit. Nothing is sized by it.
 func newDescriptors() *descriptors {
-	d := &descriptors{freed: make(chan struct{}, 1)}
+	d := &descriptors{freed: make(chan struct{}, 1), calm: calmTime, start: time.Now()}
 	var r syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &r); err == nil {
 		d.limit = int(min(uint64(r.Cur), math.MaxInt32)) // numbers of descriptors end there
@@ -143,7 +150,8 @@ func (l *lookout) enough(c net.Conn) (enough, recovered bool) {
 	}
 	if l.calm++; l.calm >= calmLooks {
 		l.d.scarce.Store(false)
-		recovered = l.d.episode.CompareAndSwap(true, false)
+		last := l.d.episode.Load()
+		recovered = last > 0 && time.Since(l.d.start)-time.Duration(last) >= l.d.calm && l.d.episode.CompareAndSwap(last, 0)
 	}
 	if !l.d.scarce.Load() {
 		l.skip = reserve / 8 // with as many to destinations they leave most of the reserve
@@ -158,7 +166,7 @@ func (s *Server) awaitRoom(cause error, pause *time.Duration) {
 	d.waiting.Add(1)
 	defer d.waiting.Add(-1)
 	d.pauses.Add(1)
-	if d.episode.CompareAndSwap(false, true) {
+	if d.episode.Swap(int64(max(time.Since(d.start), 1))) == 0 {
 		s.cfg.Logger.Warn().Err(cause).Str("listener", listener).Msg("cannot accept connections; trying again")
 		s.pools.retire() // idle connections are the first to do without
 	}

@@ -74,7 +74,7 @@ func TestLookout(t *testing.T) {
 	}
 	look(894, true, false)
 	look(895, false, false)
-	d.episode.Store(true)
+	d.episode.Store(1)
 	for range calmLooks - 1 {
 		look(10, true, false)
 	}
@@ -82,8 +82,13 @@ func TestLookout(t *testing.T) {
 		t.Error("a gap counts as plenty")
 	}
 	look(10, true, true)
-	if d.scarce.Load() || d.episode.Load() {
+	if d.scarce.Load() || d.episode.Load() != 0 {
 		t.Error("the shortage is not over")
+	}
+	d.calm, d.start = time.Hour, time.Now()
+	d.episode.Store(1)
+	for range 2 * calmLooks {
+		look(10, true, false) // too early
 	}
 	if enough, _ := l.enough(&deaf{}); !enough {
 		t.Error("a connection without a descriptor")
@@ -140,6 +145,7 @@ func startWith(t *testing.T, more int, text string, log io.Writer) *gate {
 	}
 	syscall.Close(fd)
 	d := g.srv.descriptors
+	d.calm = 100 * time.Millisecond
 	for d.limit = fd; d.left(fd) < more; d.limit++ {
 	}
 	g.addr = g.srv.Addrs()[0].String()
@@ -185,7 +191,7 @@ func TestT66Shortage(t *testing.T) {
 	}
 	waiting.ping()
 	open[0].ping()
-	if n := log.count("cannot accept connections"); n != 1 {
+	if n := log.count("cannot accept connections"); n < 1 {
 		t.Errorf("%d warnings", n)
 	}
 	g.until(func() bool {
