@@ -76,10 +76,10 @@ func (s *Server) front(p *pending, buf []byte) {
 		err = errURLTooLong
 	}
 	switch {
-	case err != nil:
-		s.refuseHead(p.conn, source, start, &h, err)
 	case tooMany:
 		s.refuseTooMany(p, source, start, &h)
+	case err != nil:
+		s.refuseHead(p.conn, source, start, &h, err)
 	case h.isConnect():
 		s.serveConnect(p.conn, source, start, &h, raw[n:])
 	default:

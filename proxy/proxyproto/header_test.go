@@ -158,7 +158,7 @@ func TestReadRefuses(t *testing.T) {
 			t.Errorf("%q: %+v, %q, %v", s, h, rest, err)
 		}
 	}
-	for s, want := range map[string]error{"": io.EOF, "P": io.ErrUnexpectedEOF, "PROXY TCP4 ": io.ErrUnexpectedEOF, signature2: io.ErrUnexpectedEOF} {
+	for s, want := range map[string]error{"": io.EOF, "P": io.ErrUnexpectedEOF, "PROXY TCP4 10": io.ErrUnexpectedEOF, signature2: io.ErrUnexpectedEOF} {
 		if h, rest, err := Read(strings.NewReader(s), nil); h != (Header{}) || string(rest) != s || !errors.Is(err, want) {
 			t.Errorf("%q: %+v, %q, %v", s, h, rest, err)
 		}
