@@ -310,3 +310,22 @@ func TestRevocationOfMany(t *testing.T) {
 		t.Errorf("%+v", st)
 	}
 }
+
+// BenchmarkTooMany is BenchmarkConnect from a source that has opened too many.
+func BenchmarkTooMany(b *testing.B) {
+	g := start(b, policyFor("", 443), func(c *Config) { c.Observer, c.Limits.ConnectionsPerSecond = nil, 1 })
+	rated(g, 1)
+	head := []byte("CONNECT api.ok.test:443 HTTP/1.1\r\nHost: api.ok.test:443\r\nUser-Agent: bench\r\n\r\n")
+	b.ReportAllocs()
+	for b.Loop() {
+		c, err := net.Dial("tcp", g.addr)
+		if err != nil {
+			b.Fatal(err)
+		}
+		c.Write(head)
+		if _, err := io.Copy(io.Discard, c); err != nil {
+			b.Fatal(err)
+		}
+		c.Close()
+	}
+}
