@@ -83,16 +83,28 @@ func (s *Server) reject(p *pending, who asker, start time.Time, err error) {
 }
 
 // hurry is how long a client may take for the head of a request that is refused
-// because it has asked for too many connections.
+// because it has opened too many connections.
 const hurry = time.Second
 
 // maxHurried bounds the connections that are refused so at a time; further ones
 // are closed at once.
 const maxHurried = 256
 
+// countIn counts a new connection, and returns which limit it exceeds, or nil.
+func (s *Server) countIn(p *pending, who asker, now time.Time) error {
+	if s.rates.exceeded(who.Addr(), now) {
+		return errTooFast
+	}
+	var ok bool
+	if p.counted, ok = s.crowd.enter(who.Addr()); !ok {
+		return errTooManyConnections
+	}
+	return nil
+}
+
 // refuseTooMany answers the request with head h from a client that has opened too
-// many connections lately.
-func (s *Server) refuseTooMany(p *pending, who asker, start time.Time, h *head) {
+// many connections: tooMany says by which limit.
+func (s *Server) refuseTooMany(p *pending, who asker, start time.Time, h *head, tooMany error) {
 	c := &connect{s: s, client: p.conn, json: h.json}
 	kind := event.HTTP
 	if h.isConnect() {
@@ -113,14 +125,14 @@ func (s *Server) refuseTooMany(p *pending, who asker, start time.Time, h *head) 
 		c.ev.Name, c.ev.Port = destination(name, c.request.Address), port
 		c.decide() // for the group
 	}
-	c.refuse(limited(c.decision, http.StatusTooManyRequests, errTooFast))
+	c.refuse(limited(c.decision, http.StatusTooManyRequests, tooMany))
 }
 
 // dropTooMany closes a connection of such a client without having read a request.
-func (s *Server) dropTooMany(p *pending, who asker, start time.Time) {
+func (s *Server) dropTooMany(p *pending, who asker, start time.Time, tooMany error) {
 	ev := s.newEvent(event.HTTP, who, start)
 	ev.Decision = ev.Decision.Refuse(policy.ReasonLimitExceeded)
-	note(&ev, errTooFast)
+	note(&ev, tooMany)
 	if c, ok := p.conn.(interface{ SetLinger(sec int) error }); ok {
 		c.SetLinger(0) // no state is kept for it
 	}

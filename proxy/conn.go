@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"net"
+	"net/netip"
 	"sync"
 	"time"
 )
@@ -93,9 +94,10 @@ type clientConn struct {
 	idleConn
 	s       *Server
 	source  asker
-	replay  []byte   // read before, not yet given to net/http
-	session *session // set inside a CONNECT
-	serving bool     // a handler was called for the current request
+	counted netip.Addr // see crowd
+	replay  []byte     // read before, not yet given to net/http
+	session *session   // set inside a CONNECT
+	serving bool       // a handler was called for the current request
 }
 
 func (c *clientConn) Read(p []byte) (int, error) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"net/netip"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -18,6 +19,8 @@ import (
 type pending struct {
 	conn  net.Conn
 	begun atomic.Bool // the client has sent something
+
+	counted netip.Addr // see crowd
 }
 
 // closeUnused closes a connection on which nobody has asked for anything.
@@ -47,19 +50,19 @@ func (s *Server) front(p *pending, buf []byte) {
 	if !ok {
 		return
 	}
-	tooMany := s.rates.exceeded(source.Addr(), start)
-	if tooMany {
+	tooMany := s.countIn(p, source, start)
+	if tooMany != nil {
 		defer s.hurried.Add(-1)
 		if s.hurried.Add(1) > maxHurried {
-			s.dropTooMany(p, source, start)
+			s.dropTooMany(p, source, start, tooMany)
 			return
 		}
 		p.conn.SetReadDeadline(start.Add(min(hurry, s.cfg.Timeouts.RequestHeader)))
 	}
 	raw, n, err := readHead(firstRead{p}, buf, s.cfg.Limits.HeaderBytes)
 	if len(raw) == 0 { // a probe, or a connection opened in advance
-		if tooMany {
-			s.dropTooMany(p, source, start)
+		if tooMany != nil {
+			s.dropTooMany(p, source, start, tooMany)
 		}
 		p.conn.Close()
 		return
@@ -76,16 +79,18 @@ func (s *Server) front(p *pending, buf []byte) {
 		err = errURLTooLong
 	}
 	switch {
-	case tooMany:
-		s.refuseTooMany(p, source, start, &h)
+	case tooMany != nil:
+		s.refuseTooMany(p, source, start, &h, tooMany)
 	case err != nil:
 		s.refuseHead(p.conn, source, start, &h, err)
 	case h.isConnect():
 		s.serveConnect(p.conn, source, start, &h, raw[n:])
 	default:
+		counted := p.counted
+		p.counted = netip.Addr{} // it is c's from now on
 		s.serveByHTTP(&clientConn{
 			idleConn: idleConn{Conn: p.conn, idle: s.cfg.Timeouts.Idle + idleGrace},
-			s:        s, source: source, replay: bytes.Clone(raw),
+			s:        s, source: source, counted: counted, replay: bytes.Clone(raw),
 		})
 	}
 }
@@ -152,6 +157,7 @@ func (s *Server) connState(conn net.Conn, state http.ConnState) {
 		} else if state == http.StateClosed {
 			c.session.end()
 		}
+		s.crowd.leave(c.counted)
 		s.descriptors.release()
 		s.wg.Done()
 	}
@@ -224,6 +230,7 @@ func (s *Server) enter(conn net.Conn, begun bool) *pending {
 }
 
 func (s *Server) leave(p *pending) {
+	s.crowd.leave(p.counted)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.pending, p)

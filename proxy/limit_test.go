@@ -151,6 +151,71 @@ func TestConnectionRate(t *testing.T) {
 	other.ping()
 }
 
+// Connections without a request, and those kept for the next one, are counted until
+// they end or become tunnels.
+func TestConnectionsPerSource(t *testing.T) {
+	o := listen(t, "127.0.0.1:0")
+	o.echo(t)
+	port := site(t, dump)
+	text := twoGroups(", protocol: tcp", o.port()) + fmt.Sprintf("  - {name: web, sources: [172.16.0.0/12], allow: [{names: [.ok.test], ports: [%d], private_destinations: [127.0.0.0/8]}]}\n", port)
+	g := start(t, text, behind, func(c *Config) { c.Limits.ConnectionsPerSource = 2 })
+	g.resolver.set("a.ok.test", "127.0.0.1")
+	count := func() (n int) {
+		g.srv.crowd.mu.Lock()
+		defer g.srv.crowd.mu.Unlock()
+		for _, m := range g.srv.crowd.open {
+			n += m
+		}
+		return n
+	}
+	open := func(source string) *client {
+		c := g.dial()
+		c.send("%s", v2(source, "127.0.0.1:1"))
+		return c
+	}
+	get := func(c *client) int {
+		c.send("GET http://a.ok.test:%d/ HTTP/1.1\r\nHost: x\r\n\r\n", port)
+		resp, _ := c.response("GET")
+		return resp.StatusCode
+	}
+	silent := open("172.16.0.1:1")
+	g.until(func() bool { return count() == 1 })
+	kept := open("172.16.0.1:2")
+	if got := get(kept); got != 200 {
+		t.Fatalf("a second connection: %d", got)
+	}
+	if got := get(open("172.16.0.1:3")); got != 429 {
+		t.Errorf("a third connection: %d", got)
+	}
+	if ev := g.event(func(ev *event.Event) bool { return ev.Source.Port() == 3 }); ev.Error != errTooManyConnections.Error() || ev.Decision.Reason != policy.ReasonLimitExceeded {
+		t.Errorf("%+v", ev)
+	}
+	if got := get(open("172.16.0.2:1")); got != 200 {
+		t.Errorf("another source: %d", got)
+	}
+	if got := get(kept); got != 200 {
+		t.Errorf("the next request: %d", got)
+	}
+	g.until(func() bool { return count() == 3 })
+	silent.Close()
+	g.until(func() bool { return count() == 2 })
+	// A CONNECT on it ends the count, too.
+	kept.send("CONNECT evil.test:443 HTTP/1.1\r\nHost: x\r\n\r\n")
+	if resp, _ := kept.response("CONNECT"); resp.StatusCode != 403 {
+		t.Error(resp.Status)
+	}
+	g.until(func() bool { return count() == 1 })
+	for range 5 { // tunnels do not count
+		c := open("10.0.0.1:1")
+		c.send("CONNECT a.ok.test:%d HTTP/1.1\r\n\r\n", o.port())
+		if resp, body := c.response("CONNECT"); resp.StatusCode != 200 {
+			t.Fatalf("%s %s", resp.Status, body)
+		}
+		c.ping()
+		g.until(func() bool { return count() == 1 })
+	}
+}
+
 func TestURLTooLong(t *testing.T) {
 	port := site(t, dump)
 	g := start(t, policyFor("", port), func(c *Config) { c.Limits.URLBytes = 1000 })

@@ -22,7 +22,10 @@ const (
 	rateSweep = 4
 )
 
-var errTooFast = errors.New("proxy.limits.connections_per_second exceeded")
+var (
+	errTooFast            = errors.New("proxy.limits.connections_per_second exceeded")
+	errTooManyConnections = errors.New("proxy.limits.connections_per_source reached")
+)
 
 // limitKey is a as limits count it: IPv6 by /64.
 func limitKey(a netip.Addr) netip.Addr {
@@ -96,5 +99,41 @@ func (r *rates) makeRoom(at time.Duration) {
 		if seen >= rateSweep {
 			return
 		}
+	}
+}
+
+// crowd counts the connections of each source that are no tunnels: that wait for a
+// request, are served by net/http, or are on the way to a tunnel.
+type crowd struct {
+	limit int // of one source; 0: nothing is counted
+
+	mu   sync.Mutex         // guards open
+	open map[netip.Addr]int // by limitKey
+}
+
+// enter counts one more of source, which has to leave, unless there are too many.
+func (c *crowd) enter(source netip.Addr) (counted netip.Addr, ok bool) {
+	if c.limit <= 0 {
+		return netip.Addr{}, true
+	}
+	key := limitKey(source)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.open[key] >= c.limit {
+		return netip.Addr{}, false
+	}
+	c.open[key]++
+	return key, true
+}
+
+// leave takes back one that enter has counted. The zero address was not.
+func (c *crowd) leave(counted netip.Addr) {
+	if !counted.IsValid() {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.open[counted]--; c.open[counted] == 0 {
+		delete(c.open, counted)
 	}
 }

@@ -73,6 +73,7 @@ type Limits struct {
 	HeaderBytes      int // of a request or response head; 0: 64 KiB
 	URLBytes         int // of a request target; 0: 8 KiB
 
+	ConnectionsPerSource int // at a time that are no tunnels: without a request yet, or with plain HTTP; 0: no limit
 	ConnectionsPerSecond int // new connections a second from one source, in the long run; 0: no limit
 	ConnectionsBurst     int // at once after a pause; 0: as many as a second
 }
@@ -119,7 +120,8 @@ type Server struct {
 	tunnels tunnels
 
 	rates       *rates       // of new connections; nil: no limit
-	hurried     atomic.Int64 // connections that rates refuses, at the moment
+	crowd       crowd        // connections that are no tunnels
+	hurried     atomic.Int64 // connections that these two refuse, at the moment
 	descriptors *descriptors
 
 	listeners []net.Listener
@@ -160,6 +162,7 @@ func New(cfg Config) *Server {
 		idPrefix: newPrefix(),
 
 		rates:       newRates(cfg.Limits.ConnectionsPerSecond, cfg.Limits.ConnectionsBurst),
+		crowd:       crowd{limit: cfg.Limits.ConnectionsPerSource, open: make(map[netip.Addr]int)},
 		descriptors: newDescriptors(),
 	}
 	s.life, s.cut = context.WithCancel(context.Background())

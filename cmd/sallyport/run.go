@@ -154,7 +154,7 @@ func (g *gate) proxyConfig() proxy.Config {
 		},
 		Limits: proxy.Limits{
 			Tunnels: s.Limits.Tunnels, TunnelsPerSource: s.Limits.TunnelsPerSource, TunnelsPerGroup: s.Limits.TunnelsPerGroup,
-			ConnectionsPerSecond: s.Limits.ConnectionsPerSecond, ConnectionsBurst: s.Limits.ConnectionsBurst,
+			ConnectionsPerSource: s.Limits.ConnectionsPerSource, ConnectionsPerSecond: s.Limits.ConnectionsPerSecond, ConnectionsBurst: s.Limits.ConnectionsBurst,
 			ClientHelloBytes: s.Limits.ClientHelloBytes, HeaderBytes: s.Limits.HeaderBytes, URLBytes: s.Limits.URLBytes,
 		},
 		ProxyProtocol: proxy.ProxyProtocol{Trusted: s.ProxyProtocol.Trusted},

@@ -59,13 +59,15 @@ type Timeouts struct {
 
 // Limits bound what clients can make the proxy hold.
 type Limits struct {
-	Tunnels              int `yaml:"tunnels" kind:"count" max:"10000000" doc:"Tunnels at a time; more are answered 503. 0: no limit."`
-	TunnelsPerSource     int `yaml:"tunnels_per_source" kind:"count" max:"10000000" doc:"Tunnels at a time from one client address, of IPv6 from one /64; more are answered 429. 0: no limit."`
+	Tunnels          int `yaml:"tunnels" kind:"count" max:"10000000" doc:"Tunnels at a time; more are answered 503. 0: no limit."`
+	TunnelsPerSource int `yaml:"tunnels_per_source" kind:"count" max:"10000000" doc:"Tunnels at a time from one client address, of IPv6 from one /64; more are answered 429. 0: no limit."`
+	ClientHelloBytes int `yaml:"client_hello_bytes" kind:"size" min:"1KiB" max:"1MiB" doc:"Longest TLS ClientHello, in bytes; a longer one is refused as hello_too_large."`
+	HeaderBytes      int `yaml:"header_bytes" kind:"size" min:"1KiB" max:"1MiB" doc:"Longest request header, in bytes; a longer one is answered 431."`
+
 	TunnelsPerGroup      int `yaml:"tunnels_per_group" kind:"count" max:"10000000" doc:"Tunnels at a time from all clients of one group; more are answered 503. 0: no limit."`
+	ConnectionsPerSource int `yaml:"connections_per_source" kind:"count" max:"10000000" doc:"Connections at a time from one client address, of IPv6 from one /64, that are no tunnels: without a request yet, or with plain HTTP; more are answered 429. 0: no limit."`
 	ConnectionsPerSecond int `yaml:"connections_per_second" kind:"count" max:"1000000" doc:"New connections a second from one client address, of IPv6 from one /64, in the long run; more are answered 429. 0: no limit."`
 	ConnectionsBurst     int `yaml:"connections_burst" kind:"count" max:"1000000" doc:"New connections from one client address at once, after a pause. 0: as many as connections_per_second."`
-	ClientHelloBytes     int `yaml:"client_hello_bytes" kind:"size" min:"1KiB" max:"1MiB" doc:"Longest TLS ClientHello, in bytes; a longer one is refused as hello_too_large."`
-	HeaderBytes          int `yaml:"header_bytes" kind:"size" min:"1KiB" max:"1MiB" doc:"Longest request header, in bytes; a longer one is answered 431."`
 	URLBytes             int `yaml:"url_bytes" kind:"size" min:"256" max:"1MiB" doc:"Longest request target (URL), in bytes; a longer one is answered 414."`
 }
 
