@@ -1,9 +1,7 @@
 package proxy
 
 import (
-	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -45,10 +43,10 @@ func (s *Server) introduce(p *pending, buf []byte, start time.Time) (who asker, 
 	h, rest, err := proxyproto.Read(p.conn, buf)
 	switch {
 	case err == nil:
-	case len(rest) == 0 && errors.Is(err, io.EOF): // a load balancer that looks whether somebody listens
+	case len(rest) == 0 && !isTimeout(err): // a load balancer that looks whether somebody listens, or the end of the program
 		p.conn.Close()
 		return who, nil, false
-	case isTimeout(err) && len(rest) == 0:
+	case len(rest) == 0:
 		err = fmt.Errorf("%w in time", proxyproto.ErrMissing)
 		fallthrough
 	default:

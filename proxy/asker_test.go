@@ -142,7 +142,21 @@ func TestT59HeaderWithoutSource(t *testing.T) {
 			t.Errorf("a probe is answered: %q", got)
 		}
 	}
+	reset := g.dial()
+	g.until(func() bool { return g.srv.Stats().Connections > 0 })
+	reset.SetLinger(0)
+	reset.Close()
+	g.until(func() bool { return g.srv.Stats().Connections == 0 })
 	g.quiet()
+}
+
+// A load balancer that says nothing is not waited for.
+func TestT59SilentLoadBalancer(t *testing.T) {
+	g := start(t, twoGroups("", 443), behind, func(c *Config) { c.Timeouts.RequestHeader = 100 * time.Millisecond })
+	g.dial().closedUnheard("silence")
+	if ev := g.next(); ev.Decision.Reason != policy.ReasonBadRequest || !strings.Contains(ev.Error, "header in time") {
+		t.Errorf("%+v", ev)
+	}
 }
 
 // closedUnheard checks that the gate closes c without a word.
