@@ -93,10 +93,11 @@ func (c *idleConn) CloseWrite() error {
 type clientConn struct {
 	idleConn
 	s       *Server
-	source  netip.AddrPort
-	replay  []byte   // read before, not yet given to net/http
-	session *session // set inside a CONNECT
-	serving bool     // a handler was called for the current request
+	source  asker
+	counted netip.Addr // see crowd
+	replay  []byte     // read before, not yet given to net/http
+	session *session   // set inside a CONNECT
+	serving bool       // a handler was called for the current request
 }
 
 func (c *clientConn) Read(p []byte) (int, error) {

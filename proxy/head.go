@@ -24,6 +24,7 @@ var (
 	errIsTLS      = badHead("TLS to the proxy port; the client's proxy setting needs http://, not https://")
 	errBareLF     = badHead("line ends in a bare LF")
 	errHeadTooBig = &headError{http.StatusRequestHeaderFieldsTooLarge, "request head exceeds the limit"}
+	errURLTooLong = &headError{http.StatusRequestURITooLong, "request target exceeds proxy.limits.url_bytes"}
 	errHeadSlow   = &headError{http.StatusRequestTimeout, "request head did not arrive in time"}
 )
 

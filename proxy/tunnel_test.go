@@ -122,7 +122,7 @@ func TestTunnelLimits(t *testing.T) {
 	for _, tt := range []struct {
 		limits Limits
 		status int
-	}{{Limits{Tunnels: 2}, 503}, {Limits{TunnelsPerSource: 2}, 429}} {
+	}{{Limits{Tunnels: 2}, 503}, {Limits{TunnelsPerSource: 2}, 429}, {Limits{TunnelsPerGroup: 2}, 503}, {Limits{Tunnels: 2, TunnelsPerSource: 2, TunnelsPerGroup: 2}, 429}} {
 		g := start(t, tcpPolicy(o.port()), func(c *Config) { c.Limits = tt.limits })
 		g.resolver.set("a.ok.test", "127.0.0.1")
 		target := fmt.Sprintf("a.ok.test:%d", o.port())

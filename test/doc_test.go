@@ -254,7 +254,7 @@ func TestReasonsAreDocumented(t *testing.T) {
 // TestMetricsAreDocumented compares the metrics that are exported with those on the page, both ways.
 func TestMetricsAreDocumented(t *testing.T) {
 	m := metrics.New(metrics.Options{
-		Tunnels:    func() int { return 0 },
+		Proxy:      func() metrics.ProxyStats { return metrics.ProxyStats{} },
 		LogDropped: func() uint64 { return 0 },
 		Resolver:   func() metrics.ResolverStats { return metrics.ResolverStats{} },
 	})
