@@ -92,7 +92,7 @@ func (c *connect) open(target, host string) (net.Conn, *refusal) {
 		return nil, r
 	}
 	conn, t, r := c.s.reach(c.s.life, c.request, c.decision)
-	c.ev.DNSTime, c.ev.ConnTime = t.dnsTime, t.connTime
+	c.ev.DNSTime, c.ev.ConnTime, c.ev.Parent = t.dnsTime, t.connTime, t.parent
 	if r != nil {
 		return nil, r
 	}

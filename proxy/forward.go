@@ -391,9 +391,10 @@ func (ex *exchange) gotConn(info httptrace.GotConnInfo) {
 	if !info.Reused {
 		ex.ev.DNSTime, ex.ev.ConnTime = c.dnsTime, c.connTime
 	}
+	ex.ev.Parent = c.parent
 	// With the address known another rule may be the one that counts.
 	req := ex.request
-	req.Destination = ex.ev.Destination.Addr()
+	req.Destination = c.checked
 	if d := ex.s.cfg.Decider.Decide(req); d.Passes() {
 		ex.decision = d
 	} else {
@@ -542,10 +543,12 @@ func (s *Server) newTransport(dial dialContext) *http.Transport {
 type upstreamConn struct {
 	idleConn
 	dnsTime, connTime time.Duration
+	checked           netip.Addr // the destination's, as decided; zero if only a parent can resolve it
+	parent            string     // as in a trip
 }
 
 func (s *Server) newUpstreamConn(c net.Conn, t trip) *upstreamConn {
-	return &upstreamConn{idleConn: idleConn{Conn: c, idle: s.cfg.Timeouts.Idle}, dnsTime: t.dnsTime, connTime: t.connTime}
+	return &upstreamConn{idleConn: idleConn{Conn: c, idle: s.cfg.Timeouts.Idle}, dnsTime: t.dnsTime, connTime: t.connTime, checked: t.request.Destination, parent: t.parent}
 }
 
 // dialExchange connects to the destination of the exchange in ctx; addr, which

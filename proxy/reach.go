@@ -18,33 +18,38 @@ type trip struct {
 	dnsTime   time.Duration
 	connTime  time.Duration
 	addresses []netip.AddrPort // that passed
+	parent    string           // the proxy it went through, host:port; "": none
 }
 
 // reach connects to the destination of req, for which d was decided: it resolves
-// the name once, has every address decided, and dials those that pass. The trip
-// is good on error too, as far as it went. ctx and timeouts.connect bound it all.
+// the name once, has every address decided, and dials those that pass, or asks the
+// parent of the source's group for them. The trip is good on error too, as far as
+// it went. ctx and timeouts.connect bound it all.
 func (s *Server) reach(ctx context.Context, req policy.Request, d policy.Decision) (net.Conn, trip, *refusal) {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.Timeouts.Connect)
 	defer cancel()
 	t := trip{decision: d, request: req}
+	w := s.wayOf(d.Group)
 	addrs := []netip.Addr{req.Address.Unmap()}
 	if !req.Name.IsZero() {
 		start := time.Now()
 		var err error
-		addrs, err = s.dialer.Resolve(ctx, req.Name.String())
+		addrs, err = w.dialer.Resolve(ctx, req.Name.String())
 		t.dnsTime = time.Since(start)
-		if err != nil {
+		if err != nil && (ctx.Err() != nil || !w.delegates(req.Name)) {
 			return nil, t, resolveFailed(d, err)
 		}
 	}
-	if r := s.check(&t, addrs); r != nil {
-		return nil, t, r
+	if len(addrs) > 0 {
+		if r := s.check(&t, addrs, w.wantsAll()); r != nil {
+			return nil, t, r
+		}
 	}
 	start := time.Now()
-	conn, err := s.dialer.Dial(ctx, t.addresses)
+	conn, r := s.dial(ctx, w, &t)
 	t.connTime = time.Since(start)
-	if err != nil {
-		return nil, t, connectFailed(t.decision, err)
+	if r != nil {
+		return nil, t, r
 	}
 	if s.descriptors.spent(conn) {
 		conn.Close()
@@ -52,7 +57,6 @@ func (s *Server) reach(ctx context.Context, req policy.Request, d policy.Decisio
 	}
 	// Which rule let the connection pass depends on the address, and the policy
 	// may have changed on the way.
-	t.request.Destination = remoteAddr(conn).Addr()
 	t.decision = s.cfg.Decider.Decide(t.request)
 	if !t.decision.Passes() {
 		conn.Close()
@@ -61,9 +65,9 @@ func (s *Server) reach(ctx context.Context, req policy.Request, d policy.Decisio
 	return conn, t, nil
 }
 
-// check decides on each address and keeps those that pass. If none does, the
-// first denial is the refusal.
-func (s *Server) check(t *trip, addrs []netip.Addr) *refusal {
+// check decides on each address and keeps those that pass. If none does, or all
+// are wanted and one does not, the first denial is the refusal.
+func (s *Server) check(t *trip, addrs []netip.Addr, all bool) *refusal {
 	var first *refusal
 	for _, a := range addrs {
 		to := netip.AddrPortFrom(a, t.request.Port)
@@ -81,7 +85,7 @@ func (s *Server) check(t *trip, addrs []netip.Addr) *refusal {
 			first = r
 		}
 	}
-	if len(t.addresses) > 0 {
+	if len(t.addresses) > 0 && (first == nil || !all) {
 		return nil
 	}
 	return first

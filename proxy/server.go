@@ -42,6 +42,7 @@ type Config struct {
 	HelpURL  string            // shown to refused clients: where to ask for access; "": nothing
 	Timeouts Timeouts
 	Limits   Limits
+	Routes   Routes // see SetRoutes
 
 	ProxyProtocol ProxyProtocol
 }
@@ -112,7 +113,7 @@ type Stats struct {
 // context ends it for good.
 type Server struct {
 	cfg     Config
-	dialer  upstream.Dialer
+	ways    atomic.Pointer[ways]
 	goproxy *goproxy.ProxyHttpServer
 	http    *http.Server
 	handOff *handOff
@@ -153,7 +154,6 @@ func New(cfg Config) *Server {
 	cfg.setDefaults()
 	s := &Server{
 		cfg:      cfg,
-		dialer:   upstream.Dialer{Resolver: cfg.Resolver},
 		handOff:  newHandOff(),
 		quit:     make(chan struct{}),
 		stopped:  make(chan struct{}),
@@ -165,6 +165,7 @@ func New(cfg Config) *Server {
 		crowd:       crowd{limit: cfg.Limits.ConnectionsPerSource, open: make(map[netip.Addr]int)},
 		descriptors: newDescriptors(),
 	}
+	s.ways.Store(newWays(&cfg.Routes, cfg.Resolver))
 	s.life, s.cut = context.WithCancel(context.Background())
 	s.pools = pools{s: s, m: make(map[poolKey]*http.Transport)}
 	s.goproxy = newGoproxy(s)

@@ -61,15 +61,15 @@ func (s *session) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 	srv := s.tunnel.s
 	conn := s.take()
 	if conn == nil {
-		ctx, cancel := context.WithTimeout(ctx, srv.cfg.Timeouts.Connect)
+		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		defer context.AfterFunc(srv.life, cancel)()
-		var err error
-		if conn, err = srv.dialer.Dial(ctx, []netip.AddrPort{s.to}); err != nil {
-			return nil, connectFailed(s.tunnel.ev.Decision, err)
+		var r *refusal
+		if conn, _, r = srv.redial(ctx, s.tunnel.request, s.tunnel.ev.Decision); r != nil {
+			return nil, r
 		}
 	}
-	return srv.newUpstreamConn(conn, trip{}), nil
+	return srv.newUpstreamConn(conn, trip{request: s.tunnel.request, parent: s.tunnel.ev.Parent}), nil
 }
 
 // take returns the connection of the CONNECT, once.

@@ -68,11 +68,11 @@ func (ex *exchange) dialUpgrade(ctx context.Context) (net.Conn, *refusal) {
 		if err != nil {
 			return nil, exchangeFailed(ex.decision, err)
 		}
-		ex.ev.Destination = t.to
+		ex.ev.Destination, ex.ev.Parent = t.to, t.tunnel.ev.Parent
 		return conn.(*upstreamConn).Conn, nil
 	}
 	conn, t, refused := ex.s.reach(ctx, ex.request, ex.admitted)
-	ex.ev.DNSTime, ex.ev.ConnTime = t.dnsTime, t.connTime
+	ex.ev.DNSTime, ex.ev.ConnTime, ex.ev.Parent = t.dnsTime, t.connTime, t.parent
 	if refused != nil {
 		return nil, refused
 	}

@@ -36,7 +36,11 @@ func appendSquid(dst []byte, ev *event.Event) []byte {
 	dst = append(dst, ' ')
 	dst = appendToken(dst, ev.User, "-", maxUser)
 	if ev.Destination.IsValid() {
-		dst = append(dst, " HIER_DIRECT/"...)
+		if ev.Parent != "" {
+			dst = append(dst, " FIRSTUP_PARENT/"...)
+		} else {
+			dst = append(dst, " HIER_DIRECT/"...)
+		}
 		dst = appendAddr(dst, ev.Destination)
 	} else {
 		dst = append(dst, " HIER_NONE/-"...)

@@ -46,7 +46,8 @@ type Event struct {
 	TLSVersion uint16   // highest TLS version offered; 0 if none seen
 	JA4        string   // fingerprint of the ClientHello, or ""
 
-	Destination netip.AddrPort // address dialled; zero if none
+	Destination netip.AddrPort // address dialled; with a Parent its address; zero if none
+	Parent      string         // host:port of the proxy it went through, or ""
 	Status      int            // HTTP status sent to the client; 0 if none
 	QType       string         // type of the question, such as AAAA or TYPE65400
 	RCode       string         // response code, such as NOERROR

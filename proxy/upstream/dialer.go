@@ -31,6 +31,10 @@ var (
 	// ErrNoAddress means that a name has no address, or that Dial was given none.
 	ErrNoAddress = errors.New("no address")
 
+	// ErrNoSource means that Dialer.Source has no address of the family of any of
+	// the addresses to dial.
+	ErrNoSource = errors.New("no source address of the destination's family")
+
 	// errOtherAddress is the second guard's: it cannot happen.
 	errOtherAddress = errors.New("about to connect to an address that was not checked")
 )
@@ -41,9 +45,26 @@ type Resolver interface {
 	LookupNetIP(ctx context.Context, network, host string) ([]netip.Addr, error)
 }
 
+// A Source says which address of this machine connections leave from. The zero
+// Source leaves that to the system. One that has an address of one family alone
+// is for that family alone: the other is not dialled, for whoever sets it lets a
+// far side tell connections by their address.
+type Source struct {
+	V4, V6 netip.Addr // zero: none
+}
+
+// of returns the address to bind for a connection to a.
+func (s Source) of(a netip.Addr) netip.Addr {
+	if a.Is4() {
+		return s.V4
+	}
+	return s.V6
+}
+
 // A Dialer resolves and connects. It is safe for concurrent use.
 type Dialer struct {
 	Resolver Resolver // asked for names; required by Resolve alone
+	Source   Source   // where connections come from
 
 	// connect makes one connection; nil: TCP. Replaced by tests.
 	connect func(context.Context, netip.AddrPort) (net.Conn, error)
@@ -73,8 +94,15 @@ func (d *Dialer) Resolve(ctx context.Context, name string) ([]netip.Addr, error)
 // Dial connects to one of addrs: IPv6 and IPv4 take turns, the next address is
 // tried as soon as one fails, or after 250 ms, and the first to connect wins
 // (RFC 8305). All other attempts are over when Dial returns. The caller owns the
-// connection. The error joins those of all attempts.
+// connection. The error joins those of all attempts, or wraps ErrNoAddress or
+// ErrNoSource.
 func (d *Dialer) Dial(ctx context.Context, addrs []netip.AddrPort) (net.Conn, error) {
+	if d.Source != (Source{}) && len(addrs) > 0 {
+		addrs = slices.DeleteFunc(slices.Clone(addrs), func(a netip.AddrPort) bool { return !d.Source.of(a.Addr()).IsValid() })
+		if len(addrs) == 0 {
+			return nil, ErrNoSource
+		}
+	}
 	switch len(addrs) {
 	case 0:
 		return nil, ErrNoAddress
@@ -99,6 +127,16 @@ func (d *Dialer) attempt(ctx context.Context, a netip.AddrPort) (net.Conn, error
 			}
 			return nil
 		},
+	}
+	if src := d.Source.of(a.Addr()); src.IsValid() {
+		guard := nd.Control
+		nd.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(src, 0))
+		nd.Control = func(network, address string, c syscall.RawConn) error {
+			if err := guard(network, address, c); err != nil {
+				return err
+			}
+			return bindLate(c)
+		}
 	}
 	return nd.DialContext(ctx, "tcp", a.String())
 }
