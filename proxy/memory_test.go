@@ -263,7 +263,8 @@ func newLab(p *policy.Policy, edit ...func(*Config)) *lab {
 	}
 	l.srv = New(cfg)
 	l.srv.listeners = []net.Listener{l.l}
-	l.srv.dialer = l.srv.dialer.Through(l.connect)
+	direct := l.srv.ways.Load().rest
+	direct.dialer = direct.dialer.Through(l.connect)
 	l.store.OnChange(func(*policy.Policy) { l.srv.Recheck() })
 	go l.srv.Serve(context.Background())
 	return l

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"sallyport/policy"
@@ -28,9 +29,9 @@ type Routes struct {
 	// of them the parent takes is its own choice (docs/decisions/0008).
 	ParentByAddress bool
 
-	// ParentResolves are suffixes, such as ".corp.example" (that name and all below
-	// it) or "*.corp.example" (all below it), of names that go to a parent even if
-	// they do not resolve here, and so without a check of their addresses.
+	// ParentResolves says which names go to a parent even if they do not resolve
+	// here, and so without a check of their addresses: "host.corp.example",
+	// ".corp.example" (that name and all below it) or "*.corp.example" (all below it).
 	ParentResolves []string
 }
 
@@ -80,13 +81,10 @@ func (w *way) delegates(n policy.Name) bool {
 	if w.Parent == nil {
 		return false
 	}
-	for _, suffix := range w.routes.ParentResolves {
-		below := strings.TrimPrefix(suffix, "*")
-		if strings.HasSuffix(n.String(), below) || suffix[0] == '.' && n.String() == suffix[1:] {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(w.routes.ParentResolves, func(pattern string) bool {
+		below := strings.TrimPrefix(pattern, "*")
+		return strings.HasPrefix(below, ".") && strings.HasSuffix(n.String(), below) || n.String() == strings.TrimPrefix(pattern, ".")
+	})
 }
 
 // wantsAll reports whether every address of a name must pass.

@@ -67,6 +67,9 @@ func (g *gate) reloadSettings() error {
 	if rest := g.settings.RestartOnly(s); len(rest) > 0 {
 		g.logger.Warn().Strs("settings", rest).Msg("these settings change at the next start only")
 	}
+	if err := g.reloadRoutes(&s); err != nil {
+		return err
+	}
 	if err := g.log.SetLevel(s.Log.Level); err != nil {
 		return err
 	}

@@ -111,7 +111,11 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 		return nil, usageError(err)
 	}
 	g.dns = dnsfilter.NewServer(g.resolver)
-	g.proxy = proxy.New(g.proxyConfig())
+	pc := g.proxyConfig()
+	if pc.Routes, err = newRoutes(&s.Proxy); err != nil {
+		return nil, usageError(err)
+	}
+	g.proxy = proxy.New(pc)
 	g.admin = admin.New(admin.Config{
 		Listen: s.Admin.Listen, Status: g.readiness, Metrics: g.metrics.Handler(),
 	})
@@ -166,6 +170,7 @@ func (g *gate) proxyConfig() proxy.Config {
 func (g *gate) policyChanged(p *policy.Policy) {
 	g.metrics.SetPolicy(p.Revision(), p.GroupNames())
 	g.proxy.Recheck()
+	g.warnStrangeGroups(p)
 }
 
 // run serves until ctx ends or something fails. It owns every goroutine that

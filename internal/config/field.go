@@ -87,8 +87,8 @@ func collect(f *field) []*field {
 }
 
 // RestartOnly returns the paths of the settings in which next differs from s and
-// that only a restart applies. A reload applies those whose tag says live: so far
-// log.level. Everything else, such as proxy.listen, belongs to something that was
+// that only a restart applies. A reload applies those whose tag says live: log.level
+// and the ways out of the proxy. Everything else, such as proxy.listen, belongs to something that was
 // built at the start.
 func (s Settings) RestartOnly(next Settings) []string {
 	var paths []string

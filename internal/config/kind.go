@@ -45,6 +45,10 @@ var kinds = map[string]kind{
 	"name":     {parseName, matching("")},
 	"upstream": {parseUpstream, matching("")},
 	"prefix":   {parsePrefix, matching("")},
+	"address":  {parseAddress, matching("")},
+	"suffix":   {parseSuffix, matching("")},
+	"direct":   {parseDirect, matching("")},
+	"parent":   {parseParent, matching("^$|^https?://")},
 	"node":     {parseNode, matching(nodePattern)},
 	"listen":   {parseListen, matching(listenPattern)},
 	"admin":    {parseAdmin, matching("^$|" + listenPattern)},
@@ -52,7 +56,8 @@ var kinds = map[string]kind{
 	"enum": {parseEnum, func(f *field) map[string]any {
 		return map[string]any{"type": "string", "enum": f.enum}
 	}},
-	"count": {parseCount, integer},
+	"group_parent": {parseGroupParent, matching("^$|^direct$|^https?://")},
+	"count":        {parseCount, integer},
 	"size": {parseSize, func(f *field) map[string]any {
 		return map[string]any{"anyOf": []any{integer(f), matching(sizePattern)(f)}}
 	}},

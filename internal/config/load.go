@@ -190,6 +190,7 @@ func (s *Settings) check(at func(path string) policy.Pos) (mistakes policy.Error
 	if s.DNS.Cache.MinTTL > s.DNS.Cache.MaxTTL {
 		wrong("dns.cache.min_ttl", "%s is longer than dns.cache.max_ttl, %s; write a shorter one", s.DNS.Cache.MinTTL, s.DNS.Cache.MaxTTL)
 	}
+	s.Proxy.checkRoutes(wrong)
 	taken := map[string]string{}
 	claim := func(path, addr string) {
 		if other, ok := taken[addr]; ok && !strings.HasSuffix(addr, ":0") {

@@ -25,6 +25,13 @@ proxy:
   proxy_protocol: {trusted: []}
   timeouts: {connect: 10s, client_hello: 10s, request_header: 10s, idle: 10m, drain: 30s}
   limits: {tunnels: 0, tunnels_per_source: 0, client_hello_bytes: 16384, header_bytes: 65536}
+  parent: ""
+  parent_credentials_file: ""
+  parent_target: name
+  parent_resolves: []
+  source_address: []
+  groups: []
+  pac: {direct: []}
 dns:
   listen: ["127.0.0.1:1053"]
   upstreams: []
@@ -105,6 +112,7 @@ func TestDefaults(t *testing.T) {
 			ProxyProtocol: ProxyProtocol{Trusted: []netip.Prefix{}},
 			Timeouts:      Timeouts{10 * time.Second, 10 * time.Second, 10 * time.Second, 10 * time.Minute, 30 * time.Second},
 			Limits:        Limits{ClientHelloBytes: 16384, HeaderBytes: 65536},
+			ParentTarget:  "name", ParentResolves: []string{}, SourceAddress: []netip.Addr{}, Groups: []ProxyGroup{}, PAC: PAC{Direct: []string{}},
 		},
 		DNS: DNS{
 			Listen: []string{"127.0.0.1:1053"}, Upstreams: []string{}, Zones: []Zone{}, Records: []Record{},
@@ -190,6 +198,9 @@ func TestEveryKeyEverywhere(t *testing.T) {
 		"dns.edns_size": "512", "dns.cache.min_ttl": "1s", "admin.listen": ":3", "policy.source": "p.yaml",
 		"log.format": "squid", "log.output": "stderr", "log.level": "debug",
 		"proxy.limits.client_hello_bytes": "1KiB", "proxy.limits.header_bytes": "1KiB", "proxy.limits.url_bytes": "1KiB",
+		"proxy.parent": "http://192.0.2.1:3128", "proxy.parent_target": "address", "proxy.parent_resolves": ".corp.example",
+		"proxy.source_address": "192.0.2.7, 2001:db8::7", "proxy.groups": "[{group: a, parent: direct, source_address: [192.0.2.8]}]",
+		"proxy.pac.direct": "10.0.0.0/8",
 	}
 	def := mustLoad(t, "", LoadOptions{})
 	seen := map[string]string{}
@@ -272,7 +283,7 @@ func TestUnknownVariables(t *testing.T) {
 	want := []string{
 		"environment variable SALLYPORT_FOO sets nothing",
 		"environment variable SALLYPORT_PROXY_LISTN sets nothing; did you mean SALLYPORT_PROXY_LISTEN?",
-		"environment variable SALLYPORT_PROXY_PORT sets nothing",
+		"environment variable SALLYPORT_PROXY_PORT sets nothing; did you mean SALLYPORT_PROXY_PARENT?",
 	}
 	if !slices.Equal(warnings, want) {
 		t.Errorf("warnings:\n%s", strings.Join(warnings, "\n"))

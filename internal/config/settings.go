@@ -41,6 +41,27 @@ type Proxy struct {
 	ProxyProtocol ProxyProtocol `yaml:"proxy_protocol" doc:"PROXY protocol from load balancers in front of the proxy."`
 	Timeouts      Timeouts      `yaml:"timeouts" doc:"How long the proxy waits."`
 	Limits        Limits        `yaml:"limits" doc:"How much the proxy takes on."`
+
+	Parent                string       `yaml:"parent" kind:"parent" live:"true" doc:"A proxy that connections go through: http://host:port, or https://host:port for TLS to it; user:password@ before the host for Basic. Empty: none."`
+	ParentCredentialsFile string       `yaml:"parent_credentials_file" kind:"path" live:"true" doc:"A file with user:password for proxy.parent in its first line, so that the secret is in no setting; relative to this file. Empty: none."`
+	ParentTarget          string       `yaml:"parent_target" kind:"enum" enum:"name address" live:"true" doc:"What a parent is asked for. name: the name, so that its own policy and log work; it resolves the name again. address: the address that was checked here."`
+	ParentResolves        []string     `yaml:"parent_resolves" kind:"suffix" live:"true" doc:"Names that go to the parent even if they do not resolve here, without a check of their addresses: .corp.example is that name and all below it, *.corp.example all below it."`
+	SourceAddress         []netip.Addr `yaml:"source_address" kind:"address" live:"true" doc:"Addresses of this machine that connections leave from, at most one IPv4 and one IPv6. With one family alone the other is not used. []: the system chooses."`
+	Groups                []ProxyGroup `yaml:"groups" live:"true" doc:"Ways out for groups of the policy."`
+	PAC                   PAC          `yaml:"pac" doc:"The file /proxy.pac, which proxy and admin server give to browsers."`
+}
+
+// A ProxyGroup is the way out for one group of the policy.
+type ProxyGroup struct {
+	Group                 string       `yaml:"group" kind:"text" required:"true" doc:"A group of the policy."`
+	Parent                string       `yaml:"parent" kind:"group_parent" doc:"As proxy.parent; direct: none. Left out: proxy.parent, with its credentials."`
+	ParentCredentialsFile string       `yaml:"parent_credentials_file" kind:"path" doc:"As proxy.parent_credentials_file, for the parent of this group."`
+	SourceAddress         []netip.Addr `yaml:"source_address" kind:"address" doc:"As proxy.source_address. Left out: that."`
+}
+
+// PAC holds the settings of the proxy auto-configuration file.
+type PAC struct {
+	Direct []string `yaml:"direct" kind:"direct" doc:"What clients reach without the proxy, besides loopback and names without a dot: intranet.example, .corp.example (with the name itself), *.corp.example, 10.0.0.0/8. Also in the output of sallyport env."`
 }
 
 // ProxyProtocol says which peers may send a PROXY protocol header.
