@@ -112,6 +112,10 @@ func (f forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		f.s.takeBack(c, w, r)
 		return
 	}
+	if c.session == nil && isPAC(r) {
+		f.s.servePAC(w, r.Host, addrPort(c.LocalAddr()))
+		return
+	}
 	ex := f.s.newExchange(c, w, r)
 	defer ex.finish(r)
 	if refused := ex.admit(r); refused != nil {

@@ -44,6 +44,11 @@ type Config struct {
 	Limits   Limits
 	Routes   Routes // see SetRoutes
 
+	// PACDirect says what the file /proxy.pac sends past the proxy, besides loopback
+	// and names without a dot: "host.corp.example", ".corp.example" (that name and all
+	// below it), "*.corp.example" (all below it), "10.0.0.0/8". All canonical.
+	PACDirect []string
+
 	ProxyProtocol ProxyProtocol
 }
 

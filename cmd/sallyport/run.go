@@ -117,7 +117,7 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 	}
 	g.proxy = proxy.New(pc)
 	g.admin = admin.New(admin.Config{
-		Listen: s.Admin.Listen, Status: g.readiness, Metrics: g.metrics.Handler(),
+		Listen: s.Admin.Listen, Status: g.readiness, Metrics: g.metrics.Handler(), PAC: g.proxy.PACHandler(),
 	})
 	g.store.OnChange(g.policyChanged)
 	return g, g.first(first, loadErr)
@@ -152,7 +152,7 @@ func (g *gate) proxyConfig() proxy.Config {
 	s := g.settings.Proxy
 	return proxy.Config{
 		Decider: &g.store, Resolver: g.resolver, Observer: g.observer, Logger: g.logger,
-		Listen: s.Listen, HelpURL: s.HelpURL,
+		Listen: s.Listen, HelpURL: s.HelpURL, PACDirect: s.PAC.Direct,
 		Timeouts: proxy.Timeouts{
 			Connect: s.Timeouts.Connect, ClientHello: s.Timeouts.ClientHello, RequestHeader: s.Timeouts.RequestHeader,
 			Idle: s.Timeouts.Idle, Drain: s.Timeouts.Drain,

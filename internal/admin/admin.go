@@ -18,6 +18,7 @@ type Config struct {
 	Listen  string                       // address, host:port; "": the Server has no listener
 	Status  func(context.Context) Status // answers /readyz; required; honours its context
 	Metrics http.Handler                 // answers /metrics; required
+	PAC     http.Handler                 // answers /proxy.pac; nil: nobody does
 }
 
 // Status is the state of the process as /readyz tells it.
@@ -82,6 +83,9 @@ func New(c Config) *Server {
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) { writeStatus(w, c.Status(r.Context())) })
 	mux.Handle("GET /metrics", c.Metrics)
+	if c.PAC != nil {
+		mux.Handle("GET /proxy.pac", c.PAC)
+	}
 	mux.HandleFunc("GET /{$}", writeIndex)
 	return &Server{listen: c.Listen, http: &http.Server{
 		Handler:        protect(mux),
@@ -120,7 +124,7 @@ func writeStatus(w http.ResponseWriter, s Status) {
 const index = `<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>sallyport</title>
 <h1>sallyport</h1>
-<ul><li><a href="/healthz">healthz</a><li><a href="/readyz">readyz</a><li><a href="/metrics">metrics</a></ul>
+<ul><li><a href="/healthz">healthz</a><li><a href="/readyz">readyz</a><li><a href="/metrics">metrics</a><li><a href="/proxy.pac">proxy.pac</a></ul>
 </html>
 `
 
