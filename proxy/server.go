@@ -101,6 +101,9 @@ const (
 	maxPause = time.Second
 )
 
+// keepAlive finds clients that vanished without a word within two minutes.
+var keepAlive = net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 4}
+
 var buffers = sync.Pool{New: func() any { return new([minBuffer]byte) }}
 
 // Stats is a snapshot of numbers.
@@ -219,7 +222,7 @@ func (c *Config) setDefaults() {
 // that could not be had.
 func (s *Server) Listen() error {
 	// MPTCP, which Go would use where it can, cannot be spliced.
-	lc := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: time.Minute, Interval: 15 * time.Second, Count: 4}}
+	lc := listenConfig()
 	lc.SetMultipathTCP(false)
 	for _, a := range s.cfg.Listen {
 		l, err := lc.Listen(context.Background(), "tcp", a)
