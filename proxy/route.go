@@ -118,7 +118,7 @@ func (s *Server) dialParent(ctx context.Context, w *way, t *trip) (net.Conn, *re
 		if err != nil {
 			return nil, connectFailed(t.decision, errors.Join(append(failed, err)...))
 		}
-		if conn, err = w.Parent.Tunnel(ctx, conn, to.authority); err == nil {
+		if conn, err = w.Parent.Tunnel(ctx, conn, to.authority, via); err == nil {
 			t.request.Destination = to.checked
 			return conn, nil
 		}

@@ -67,12 +67,12 @@ func (e *ParentError) Timeout() bool { return e.Status == 504 }
 func (e *ParentError) FarSide() bool { return e.Status >= 502 && e.Status <= 504 }
 
 // Tunnel asks the parent at the other end of conn for a tunnel to target,
-// host:port, and returns the connection to use from then on; nothing that the far
+// host:port, saying via in the field Via, so that loops are noticed, and returns the connection to use from then on; nothing that the far
 // side said together with the parent's answer is lost. Deadline or end of ctx
 // bound it, and 16 KiB of an answer. It takes over conn: on an error conn is
 // closed. The error is a ParentError, wraps ErrParentAnswer, or is the
 // connection's or ctx's own.
-func (p *Parent) Tunnel(ctx context.Context, conn net.Conn, target string) (net.Conn, error) {
+func (p *Parent) Tunnel(ctx context.Context, conn net.Conn, target, via string) (net.Conn, error) {
 	raw := conn
 	deadline, _ := ctx.Deadline() // zero without one
 	raw.SetDeadline(deadline)
@@ -80,7 +80,7 @@ func (p *Parent) Tunnel(ctx context.Context, conn net.Conn, target string) (net.
 	if p.TLS != nil {
 		conn = tls.Client(raw, p.TLS) // its handshake is part of the first write
 	}
-	early, err := p.connect(conn, target)
+	early, err := p.connect(conn, target, via)
 	if !stop() && err == nil {
 		err = ctx.Err()
 	}
@@ -101,10 +101,11 @@ func (p *Parent) Tunnel(ctx context.Context, conn net.Conn, target string) (net.
 
 // connect sends the CONNECT and reads the answer (RFC 9110, section 9.3.6). It
 // returns what followed that.
-func (p *Parent) connect(conn net.Conn, target string) (early []byte, err error) {
+func (p *Parent) connect(conn net.Conn, target, via string) (early []byte, err error) {
 	b := make([]byte, 0, 1024)
 	b = append(append(b, "CONNECT "...), target...)
 	b = append(append(b, " HTTP/1.1\r\nHost: "...), target...)
+	b = append(append(b, "\r\nVia: "...), via...)
 	b = append(b, "\r\n"...)
 	if p.Credentials != "" {
 		b = append(b, "Proxy-Authorization: Basic "...)

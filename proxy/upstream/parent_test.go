@@ -65,7 +65,7 @@ func tunnelTo(t *testing.T, p *Parent, a netip.AddrPort, patience time.Duration)
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn, err = p.Tunnel(ctx, conn, "api.ok.test:443")
+	conn, err = p.Tunnel(ctx, conn, "api.ok.test:443", "1.1 gate")
 	if err == nil {
 		t.Cleanup(func() { conn.Close() })
 	}
@@ -103,7 +103,7 @@ func TestTunnel(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if head, want := <-heads, "CONNECT api.ok.test:443 HTTP/1.1\r\nHost: api.ok.test:443\r\n\r\n"; head != want {
+			if head, want := <-heads, "CONNECT api.ok.test:443 HTTP/1.1\r\nHost: api.ok.test:443\r\nVia: 1.1 gate\r\n\r\n"; head != want {
 				t.Errorf("asked %q, want %q", head, want)
 			}
 			if _, ok := conn.(*net.TCPConn); ok != tt.bare {
@@ -201,7 +201,7 @@ func TestTunnelSlow(t *testing.T) {
 		t.Fatal(err)
 	}
 	time.AfterFunc(20*time.Millisecond, cancel)
-	if _, err := p.Tunnel(ctx, conn, "api.ok.test:443"); err == nil {
+	if _, err := p.Tunnel(ctx, conn, "api.ok.test:443", "1.1 gate"); err == nil {
 		t.Error("a tunnel after the cancellation")
 	}
 }
@@ -309,7 +309,7 @@ func FuzzAnswer(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, answer string) {
 		p := Parent{Host: "p.test", Port: 1}
-		early, err := p.connect(&canned{Reader: strings.NewReader(answer)}, "a.test:443")
+		early, err := p.connect(&canned{Reader: strings.NewReader(answer)}, "a.test:443", "1.1 gate")
 		if err == nil && !strings.HasSuffix(answer, string(early)) {
 			t.Errorf("%q is not the end of %q", early, answer)
 		}
