@@ -106,7 +106,7 @@ func (w *Writer) observeJSON(ev *event.Event) {
 	if ev.Destination.IsValid() {
 		address(e, "dst", ev.Destination.Addr())
 	}
-	text(e, "parent", ev.Parent, maxName)
+	text(e, "parent", ev.Parent, maxAnswer)
 	if ev.Status != 0 {
 		e.Int("status", ev.Status)
 	}

@@ -84,6 +84,8 @@ func TestSquid(t *testing.T) {
 			"1772597168.324   1234 10.20.1.5 TCP_TUNNEL/200 56789 CONNECT api.github.com:443 - HIER_DIRECT/203.0.113.7 -"},
 		{"observed", ev(func(e *event.Event) { e.Decision.Verdict, e.Decision.Reason = policy.Observe, policy.ReasonNotListed }),
 			"1772597168.324   1234 10.20.1.5 TCP_TUNNEL/200 56789 CONNECT api.github.com:443 alice HIER_DIRECT/203.0.113.7 -"},
+		{"through a parent", ev(func(e *event.Event) { e.Parent = "proxy.corp.example:3128" }),
+			"1772597168.324   1234 10.20.1.5 TCP_TUNNEL/200 56789 CONNECT api.github.com:443 alice FIRSTUP_PARENT/203.0.113.7 -"},
 		{"denied", ev(func(e *event.Event) {
 			*e = event.Event{Time: when, Kind: event.Connect, Source: client, Method: "CONNECT", Name: "evil.example", Port: 443, Decision: denied, Status: 403}
 		}),
