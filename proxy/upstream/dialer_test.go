@@ -240,3 +240,21 @@ func TestBlackHole(t *testing.T) {
 		t.Errorf("connected to %v", conn.RemoteAddr())
 	}
 }
+
+// TestOnlyBlackHoles waits for nobody longer than the context says.
+func TestOnlyBlackHoles(t *testing.T) {
+	hole, other := blackHole(t), blackHole(t)
+	var d Dialer
+	ctx, cancel := context.WithTimeout(context.Background(), 400*time.Millisecond)
+	defer cancel()
+	for _, to := range [][]netip.AddrPort{{hole}, {hole, other}} {
+		conn, err := d.Dial(ctx, to)
+		var timeout net.Error
+		if err == nil {
+			conn.Close()
+		}
+		if !errors.As(err, &timeout) || !timeout.Timeout() {
+			t.Errorf("%v: %v", to, err)
+		}
+	}
+}
