@@ -116,8 +116,11 @@ func TestParent(t *testing.T) {
 		}
 		dump(w, r)
 	})
-	g := start(t, policyFor("", port), through(p))
-	g.resolver.set("api.ok.test", "127.0.0.1")
+	// The group's own way, to a public address: the parent's private one is no matter
+	// of the policy.
+	text := strings.Replace(policyFor("", port), `, private_destinations: [127.0.0.0/8, "::1/128"]`, "", 1)
+	g := start(t, text, through(p, func(r *Routes) { *r = Routes{Groups: map[string]Route{"g": r.Default}} }))
+	g.resolver.set("api.ok.test", "203.0.114.1")
 	authority := fmt.Sprintf("api.ok.test:%d", port)
 	from := func(kind event.Kind) {
 		t.Helper()

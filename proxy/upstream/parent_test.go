@@ -120,6 +120,37 @@ func TestTunnel(t *testing.T) {
 	}
 }
 
+// deadlines remembers the last deadline that was set.
+type deadlines struct {
+	net.Conn
+	last time.Time
+}
+
+func (d *deadlines) SetDeadline(t time.Time) error {
+	d.last = t
+	return d.Conn.SetDeadline(t)
+}
+
+// TestTunnelOutlivesItsContext: the deadline was for the parent's answer alone.
+func TestTunnelOutlivesItsContext(t *testing.T) {
+	p, a := parentServer(t, func(c net.Conn, _ string) { io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\n") })
+	raw, err := net.Dial("tcp", a.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &deadlines{Conn: raw}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	conn, err := p.Tunnel(ctx, d, "api.ok.test:443", "1.1 gate")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	cancel()
+	if !d.last.IsZero() {
+		t.Errorf("the tunnel ends at %v", d.last)
+	}
+}
+
 func TestTunnelRefused(t *testing.T) {
 	answers := make(chan string, 1)
 	p, a := parentServer(t, func(c net.Conn, _ string) {
