@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"slices"
@@ -116,6 +117,7 @@ func (s *Server) dialParent(ctx context.Context, w *way, t *trip) (net.Conn, *re
 	for _, to := range t.targets(w) {
 		conn, err := w.dialer.Dial(ctx, parents)
 		if err != nil {
+			err = fmt.Errorf("parent %s: %w", w.Parent, err)
 			return nil, connectFailed(t.decision, errors.Join(append(failed, err)...))
 		}
 		if conn, err = w.Parent.Tunnel(ctx, conn, to.authority, via); err == nil {
@@ -158,7 +160,7 @@ func (s *Server) parentAddresses(ctx context.Context, w *way, t *trip) ([]netip.
 	if a, err := netip.ParseAddr(p.Host); err == nil {
 		found = []netip.Addr{a.Unmap()}
 	} else if found, err = w.dialer.Resolve(ctx, p.Host); err != nil {
-		r := resolveFailed(t.decision, err)
+		r := resolveFailed(t.decision, fmt.Errorf("parent %s: %w", p, err))
 		r.decision = t.decision.Refuse(policy.ReasonConnectFailed) // the client's name is not what failed
 		return nil, r
 	}
