@@ -54,7 +54,7 @@ func (s *Server) serveConnect(client net.Conn, source netip.AddrPort, start time
 	c.ev.UserAgent = clip(string(h.userAgent))
 	c.request = policy.Request{Source: source.Addr(), Time: start}
 
-	upstream, r := c.open(string(h.target), string(h.host))
+	upstream, r := c.open(h)
 	if r != nil {
 		c.refuse(r)
 		return
@@ -70,7 +70,8 @@ func (s *Server) serveConnect(client net.Conn, source netip.AddrPort, start time
 }
 
 // open does everything up to the 200: it decides, and connects to the far side.
-func (c *connect) open(target, host string) (net.Conn, *refusal) {
+func (c *connect) open(h *head) (net.Conn, *refusal) {
+	target := string(h.target)
 	name, addr, port, err := policy.ParseAuthority(target)
 	if err != nil {
 		c.ev.Name = shown(target)
@@ -78,11 +79,14 @@ func (c *connect) open(target, host string) (net.Conn, *refusal) {
 	}
 	c.request.Name, c.request.Address, c.request.Port = name, addr.Unmap(), port
 	c.ev.Name, c.ev.Port = destination(name, c.request.Address), port
-	if err := hostMismatch(host, target); err != nil {
+	if err := hostMismatch(string(h.host), target); err != nil {
 		c.ev.Error = err.Error()
 	}
 	if c.decide(); !c.decision.Passes() {
 		return nil, denied(c.decision)
+	}
+	if h.looped {
+		return nil, loopedBack(c.decision)
 	}
 	if c.s.draining.Load() {
 		return nil, limited(c.decision, http.StatusServiceUnavailable, errDraining)

@@ -100,6 +100,7 @@ type Server struct {
 	handOff *handOff
 	pools   pools
 	tunnels tunnels
+	clients clients
 
 	listeners []net.Listener
 	addrs     []netip.AddrPort // of listeners
@@ -136,6 +137,7 @@ func New(cfg Config) *Server {
 		stopped:  make(chan struct{}),
 		pending:  make(map[*pending]struct{}),
 		tunnels:  tunnels{limits: cfg.Limits, bySource: make(map[netip.Addr]int), live: make(map[*tunnel]struct{})},
+		clients:  clients{live: make(map[*clientConn]struct{})},
 		idPrefix: newPrefix(),
 	}
 	s.life, s.cut = context.WithCancel(context.Background())
@@ -275,14 +277,15 @@ func (s *Server) register(t *tunnel, generation uint64) {
 	}
 }
 
-// Recheck decides every live tunnel again, and closes those that no longer pass
-// and upstream connections that are idle. Call it after every change of policy.
-// Requests under way are finished; the next one on the same connection is decided
-// anew.
+// Recheck decides every live tunnel and every request under way again, and closes
+// those that no longer pass and upstream connections that are idle. Call it after
+// every change of policy.
 func (s *Server) Recheck() {
 	s.generation.Add(1)
 	s.tunnels.each((*tunnel).recheck) // all before the first is cut: one may carry another
+	s.clients.each((*liveExchange).recheck)
 	s.tunnels.each((*tunnel).cutRevoked)
+	s.clients.each((*liveExchange).cutRevoked)
 	s.pools.retire()
 }
 

@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"bytes"
 	"context"
 	"net"
 	"net/http"
@@ -45,7 +44,7 @@ func (c *connect) startSession(upstream net.Conn, raw []byte) {
 	c.s.register(s.tunnel, c.generation)
 	c.s.serveByHTTP(&clientConn{
 		idleConn: idleConn{Conn: c.client, idle: c.s.cfg.Timeouts.Idle + idleGrace},
-		s:        c.s, source: c.ev.Source, replay: bytes.Clone(raw), session: s,
+		s:        c.s, source: c.ev.Source, in: requests(c.s, raw), session: s,
 	})
 }
 
