@@ -61,11 +61,13 @@ func (f *framing) responseHead(b []byte) (n int, done bool, err error) {
 		f.state = untilEnd
 		return n, false, nil
 	}
-	f.left, err = parseLength(h.length)
+	if f.left, err = parseLength(h.length); err != nil {
+		return 0, false, badResponse("Content-Length")
+	}
 	if f.left > 0 {
 		f.state = inBody
 	}
-	return n, f.left == 0, err
+	return n, f.left == 0, nil
 }
 
 const httpPrefix = "HTTP/1."
