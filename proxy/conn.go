@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -126,10 +127,11 @@ type clientConn struct {
 	s       *Server
 	source  netip.AddrPort
 	in      framed
-	one     [1]byte      // read by watch
-	session *session     // set inside a CONNECT
-	serving bool         // a handler was called for the current request
-	live    liveExchange // the request under way
+	one     [1]byte                   // read by watch
+	session *session                  // set inside a CONNECT
+	serving bool                      // a handler was called for the current request
+	badBody atomic.Pointer[headError] // what is wrong with the body of the current request
+	live    liveExchange              // the request under way
 }
 
 // Read reads for net/http. Between messages that asks for a single byte only while a
@@ -139,7 +141,13 @@ func (c *clientConn) Read(p []byte) (int, error) {
 		return c.watch()
 	}
 	n, err := c.in.read((*headReader)(c), p)
-	if err == nil || c.serving {
+	if err == nil {
+		return n, nil
+	}
+	if c.serving {
+		if bad := (*headError)(nil); errors.As(err, &bad) {
+			c.badBody.Store(bad) // before net/http, which cancels the request
+		}
 		return n, err
 	}
 	return 0, c.refuseNext(err)
@@ -191,6 +199,16 @@ func (c *clientConn) Write(p []byte) (int, error) {
 		return len(p), nil
 	}
 	return c.idleConn.Write(p)
+}
+
+// Close closes the connection; gently after a body that was not in order, of which
+// the client may still send the rest.
+func (c *clientConn) Close() error {
+	if c.badBody.Load() != nil && c.s.life.Err() == nil {
+		closeGently(c.Conn, make([]byte, 512))
+		return nil
+	}
+	return c.Conn.Close()
 }
 
 // theirError makes an error of net/http's answer.

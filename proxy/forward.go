@@ -153,6 +153,9 @@ func (s *Server) newExchange(c *clientConn, w http.ResponseWriter, r *http.Reque
 	ex.json = wantsJSON(r.Header.Get("Accept"))
 	if r.ContentLength != 0 {
 		ex.body = &countingBody{ReadCloser: r.Body, n: &ex.up, more: ex.totalUp()}
+		if r.Trailer == nil && len(r.TransferEncoding) > 0 {
+			r.Trailer = http.Header{} // net/http puts those in that were not announced
+		}
 		if ex.modern && r.Header.Get("Expect") != "" {
 			ex.body.begin = ex.proceed
 		}
@@ -196,12 +199,9 @@ func (ex *exchange) judgeEnd(crashed bool) {
 	if d := ex.revoked.Load(); d != nil && (crashed || ex.broken != nil) {
 		ex.decision = d.Refuse(policy.ReasonPolicyRevoked)
 	}
-	if ex.body == nil || !ex.decision.Passes() {
-		return
-	}
-	if err := ex.body.problem(); isHeadError(err) {
+	if bad := ex.client.badBody.Load(); bad != nil && ex.decision.Passes() {
 		ex.decision = ex.decision.Refuse(policy.ReasonBadRequest)
-		note(&ex.ev, err)
+		note(&ex.ev, bad)
 	}
 }
 
@@ -346,9 +346,6 @@ func prepare(r *http.Request) {
 	if trailers { // they are passed on
 		r.Header["Te"], r.Header["Connection"] = []string{"trailers"}, []string{"TE"}
 	}
-	if r.Trailer == nil && len(r.TransferEncoding) > 0 {
-		r.Trailer = http.Header{} // net/http puts those in that were not announced
-	}
 	if !r.ProtoAtLeast(1, 1) {
 		delete(r.Header, "Expect") // RFC 9110, section 10.1.1
 	}
@@ -418,7 +415,8 @@ func (ex *exchange) receive(resp *http.Response) {
 
 // failed returns the answer for an error of the far side.
 func (ex *exchange) failed(r *http.Request, err error) *http.Response {
-	if r.Context().Err() != nil { // nobody reads an answer, and the far side has not failed
+	bad := ex.client.badBody.Load()
+	if bad == nil && r.Context().Err() != nil { // nobody reads an answer, and the far side has not failed
 		ex.broken = errClientLeft
 		panic(http.ErrAbortHandler)
 	}
@@ -426,7 +424,9 @@ func (ex *exchange) failed(r *http.Request, err error) *http.Response {
 	if d := ex.revoked.Load(); d != nil {
 		refused = &refusal{decision: d.Refuse(policy.ReasonPolicyRevoked), status: http.StatusForbidden, token: statusRequestDenied, err: err}
 	}
-	if ex.body != nil {
+	if bad != nil {
+		refused = badRequest(ex.decision, bad)
+	} else if ex.body != nil {
 		if err := ex.body.problem(); err != nil { // not the far side's fault
 			refused = badRequest(ex.decision, fmt.Errorf("body of the request: %w", err))
 		}

@@ -79,6 +79,9 @@ func (f *framing) scan(b []byte) (n int, err error) {
 			if whole {
 				n = 0
 			}
+			if f.response && isHeadError(err) {
+				err = badResponse(err.Error())
+			}
 			return n, err
 		}
 		n += m
@@ -195,11 +198,14 @@ func (f *framing) head(b []byte) (n int, done bool, err error) {
 	if err := checkStart(b); err != nil {
 		return 0, false, err
 	}
-	if n, err = f.lines.end(b, false); n == 0 {
-		if err == nil && len(b) >= f.limit {
-			err = errHeadTooBig
-		}
+	if n, err = f.lines.end(b, false); err != nil {
 		return 0, false, err
+	}
+	if n > f.limit || n == 0 && len(b) >= f.limit {
+		return 0, false, errHeadTooBig
+	}
+	if n == 0 {
+		return 0, false, nil
 	}
 	h, err := parseHead(b[:n])
 	if err != nil {

@@ -146,6 +146,9 @@ func (h *head) field(line []byte) error {
 		if h.contentLength != nil || !isNumber(value) {
 			return badHead("Content-Length")
 		}
+		if _, err := parseLength(value); err != nil {
+			return err
+		}
 		h.contentLength = value
 	case equalFold(name, "transfer-encoding"):
 		if h.chunked || !equalFold(value, "chunked") {
