@@ -454,6 +454,7 @@ func TestHeadBounds(t *testing.T) {
 
 // TestIdleBody ends a request whose body does not come.
 func TestIdleBody(t *testing.T) {
+	t.Parallel() // it waits
 	o := listen(t, "127.0.0.1:0")
 	g := start(t, policyFor("", o.port()), func(c *Config) { c.Timeouts.Idle = 200 * time.Millisecond })
 	g.resolver.set("api.ok.test", "127.0.0.1")

@@ -41,6 +41,7 @@ type connect struct {
 	generation uint64 // of the policy that decision is from, or an older one
 	reserved   bool   // a place among the tunnels is taken
 	answered   bool   // the 200 was sent
+	said       int64  // bytes that the client got from the far side before the relay
 }
 
 // serveConnect serves the CONNECT with head h, which arrived at start. It returns
@@ -123,6 +124,8 @@ func (c *connect) serve(upstream net.Conn) {
 	case r != nil:
 		upstream.Close()
 		c.refuse(r)
+	case first.silent:
+		c.lookOut(upstream, first.asked)
 	case first.left:
 		upstream.Close()
 		c.gone(errLeft)
@@ -155,13 +158,18 @@ func (c *connect) tunnel(upstream net.Conn, first []byte) {
 func (c *connect) newTunnel() *tunnel {
 	c.ev.Decision = c.decision
 	c.reserved = false
-	return &tunnel{s: c.s, client: c.client, request: c.request, ev: c.ev, placed: true}
+	t := &tunnel{s: c.s, client: c.client, request: c.request, ev: c.ev, placed: true}
+	t.down.Store(c.said)
+	return t
 }
 
 // firstBytes is what a client said first.
 type firstBytes struct {
 	bytes []byte
 	left  bool // it closed without having said anything
+
+	silent bool            // it is let through although it has said nothing so far
+	asked  policy.Decision // if silent: the one before the silence
 }
 
 var errOtherRecord = errors.New("a TLS record that is no handshake comes first")
@@ -290,7 +298,7 @@ func (c *connect) sawNothing(err error) (firstBytes, *refusal) {
 	r := c.saw(policy.ProtocolTCP)
 	switch {
 	case r == nil:
-		return firstBytes{}, nil
+		return firstBytes{silent: isTimeout(err) && c.decision.Verdict == policy.Observe, asked: asked}, nil
 	case isTimeout(err):
 		return firstBytes{}, &refusal{decision: c.decision.Refuse(policy.ReasonHelloTimeout), err: err}
 	}
