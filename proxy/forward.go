@@ -70,6 +70,8 @@ type exchange struct {
 
 	modern  bool // the client speaks HTTP/1.1
 	interim interim
+	trace   httptrace.ClientTrace
+	answer  countingBody // of the response
 	revoked atomic.Pointer[policy.Decision] // what a later policy said
 }
 
@@ -306,9 +308,9 @@ func (ex *exchange) refuse(r *refusal) {
 
 // forward lets goproxy drive the exchange.
 func (ex *exchange) forward(r *http.Request) {
-	trace := &httptrace.ClientTrace{GotConn: ex.gotConn, Got1xxResponse: ex.got1xx}
+	ex.trace = httptrace.ClientTrace{GotConn: ex.gotConn, Got1xxResponse: ex.got1xx}
 	ctx := context.WithValue(r.Context(), exchangeKey{}, ex)
-	out := r.WithContext(httptrace.WithClientTrace(ctx, trace))
+	out := r.WithContext(httptrace.WithClientTrace(ctx, &ex.trace))
 	prepare(out)
 	if ex.body == nil {
 		out.Body = http.NoBody
@@ -352,7 +354,7 @@ func prepare(r *http.Request) {
 	if _, ok := r.Header["User-Agent"]; !ok {
 		r.Header["User-Agent"] = []string{""} // keeps net/http from adding its own
 	}
-	r.Header.Add("Via", viaFor(r.ProtoMinor))
+	addVia(r.Header, r.ProtoMinor)
 	r.Close = false // the client's connection ends, not ours to the far side
 }
 
@@ -408,9 +410,10 @@ var errUnaskedUpgrade = errors.New("malformed response: 101 without a request fo
 // receive makes the far side's response the one for the client.
 func (ex *exchange) receive(resp *http.Response) {
 	stripHopByHop(resp.Header)
-	resp.Header.Add("Via", viaFor(resp.ProtoMinor))
+	addVia(resp.Header, resp.ProtoMinor)
 	ex.length = resp.ContentLength
-	resp.Body = &countingBody{ReadCloser: resp.Body, n: &ex.down, more: ex.totalDown(), failed: &ex.broken}
+	ex.answer.ReadCloser, ex.answer.n, ex.answer.more, ex.answer.failed = resp.Body, &ex.down, ex.totalDown(), &ex.broken
+	resp.Body = &ex.answer
 }
 
 // failed returns the answer for an error of the far side.

@@ -135,7 +135,7 @@ func readResponse(r *http.Request, conn net.Conn, br *bufio.Reader) (*http.Respo
 func (ex *exchange) switchTo(conn net.Conn, br *bufio.Reader, resp *http.Response) *refusal {
 	upgrade := resp.Header.Get("Upgrade")
 	stripHopByHop(resp.Header)
-	resp.Header.Add("Via", viaFor(resp.ProtoMinor))
+	addVia(resp.Header, resp.ProtoMinor)
 	resp.Header.Set("Connection", "Upgrade")
 	resp.Header.Set("Upgrade", upgrade)
 	var b bytes.Buffer

@@ -3,6 +3,7 @@ package proxy
 import (
 	"errors"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -13,10 +14,18 @@ import (
 // is another one in each process, so that a chain of gates is no loop.
 var pseudonym = "sallyport-" + strings.TrimSuffix(newPrefix(), "-")
 
-// viaFields are the values of Via for what arrived as HTTP/1.0 and HTTP/1.1.
-var viaFields = [2]string{"1.0 " + pseudonym, "1.1 " + pseudonym}
+// viaFields are the values of Via for what arrived as HTTP/1.0 and HTTP/1.1. They
+// are full: what is appended to them goes elsewhere.
+var viaFields = [2][1]string{{"1.0 " + pseudonym}, {"1.1 " + pseudonym}}
 
-func viaFor(minor int) string { return viaFields[min(max(minor, 0), 1)] }
+// addVia adds Via to what arrived as HTTP/1.minor.
+func addVia(h http.Header, minor int) {
+	field := viaFields[min(max(minor, 0), 1)][:]
+	if vs := h["Via"]; len(vs) > 0 {
+		field = append(slices.Clip(vs), field...)
+	}
+	h["Via"] = field
+}
 
 var errLooped = errors.New("the Via field says that it has been through this proxy")
 
@@ -65,7 +74,7 @@ const methods = "CONNECT, DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT"
 func (ex *exchange) options() {
 	h := ex.Header()
 	h.Set("Allow", methods)
-	h.Set("Via", viaFor(1))
+	addVia(h, 1)
 	h.Set("Content-Length", "0")
 	ex.WriteHeader(http.StatusOK)
 }
