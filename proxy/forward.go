@@ -71,7 +71,7 @@ type exchange struct {
 	modern  bool // the client speaks HTTP/1.1
 	interim interim
 	trace   httptrace.ClientTrace
-	answer  countingBody // of the response
+	answer  countingBody                    // of the response
 	revoked atomic.Pointer[policy.Decision] // what a later policy said
 }
 
