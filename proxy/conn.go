@@ -25,6 +25,11 @@ const (
 	idleGrace = 5 * time.Second
 )
 
+// clientIdle returns the idle time of clients' connections.
+func (s *Server) clientIdle() time.Duration {
+	return s.cfg.Timeouts.Idle + min(idleGrace, 5*s.cfg.Timeouts.Idle)
+}
+
 // An idleConn is a connection under net/http, for which idle time counts both
 // directions: a byte either way gives both reads and writes another idle period.
 // net/http's own time-outs bound whole requests, which would cut long transfers.

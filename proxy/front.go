@@ -57,7 +57,7 @@ func (s *Server) front(p *pending, buf []byte) {
 		s.serveConnect(p.conn, source, start, &h, raw[n:])
 	default:
 		s.serveByHTTP(&clientConn{
-			idleConn: idleConn{Conn: p.conn, idle: s.cfg.Timeouts.Idle + idleGrace},
+			idleConn: idleConn{Conn: p.conn, idle: s.clientIdle()},
 			s:        s, source: source, in: requests(s, raw),
 		})
 	}

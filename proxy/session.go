@@ -43,7 +43,7 @@ func (c *connect) startSession(upstream net.Conn, raw []byte) {
 	s.transport = c.s.newTransport(s.dial)
 	c.s.register(s.tunnel, c.generation)
 	c.s.serveByHTTP(&clientConn{
-		idleConn: idleConn{Conn: c.client, idle: c.s.cfg.Timeouts.Idle + idleGrace},
+		idleConn: idleConn{Conn: c.client, idle: c.s.clientIdle()},
 		s:        c.s, source: c.ev.Source, in: requests(c.s, raw), session: s,
 	})
 }
