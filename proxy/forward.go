@@ -562,7 +562,8 @@ func (b *countingBody) Read(p []byte) (int, error) {
 	case errors.Is(err, io.EOF):
 		b.ended.Store(true)
 	default:
-		b.broken.CompareAndSwap(nil, &err)
+		kept := err // else every err would be on the heap
+		b.broken.CompareAndSwap(nil, &kept)
 		if b.failed != nil {
 			*b.failed = err
 		}
