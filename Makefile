@@ -4,13 +4,14 @@
 
 PKG = ./...
 FUZZTIME = 20s
+SOAKTIME = 10m
 BENCH = .
 COUNT = 1
 OUT = bin/sallyport
 LINT = go tool -modfile=.ci/tools.mod golangci-lint
 
 .POSIX:
-.PHONY: help build test lint fuzz bench e2e generate tools
+.PHONY: help build test lint fuzz soak bench e2e generate tools
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9]*\):.*## \(.*\)/  \1	\2/p' Makefile | expand -t 12
@@ -35,6 +36,9 @@ fuzz: ## every fuzz target for FUZZTIME each (20s)
 			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$pkg; \
 		done; \
 	done
+
+soak: ## good, slow, broken and hostile clients against the built binary for SOAKTIME (10m)
+	SOAKTIME=$(SOAKTIME) go test -count 1 -timeout 24h -v -run '^TestSoak$$' ./test/e2e
 
 bench: ## benchmarks with allocations, in the format benchstat reads
 	go test -run '^$$' -bench '$(BENCH)' -benchmem -count $(COUNT) $(PKG)

@@ -384,7 +384,9 @@ func (r *Resolver) fly(k key, f *flight) {
 	} else {
 		f.entry = newEntry(k, m, now, r.cfg.Cache)
 	}
-	r.cache.put(k, f.entry, now) // before the flight ends, so that nobody begins another
+	if !isExhausted(err) { // for that may be over in a moment
+		r.cache.put(k, f.entry, now) // before the flight ends, so that nobody begins another
+	}
 	r.mu.Lock()
 	delete(r.flights, k)
 	r.mu.Unlock()

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/miekg/dns"
@@ -160,11 +161,19 @@ func (p *pool) ask(ctx context.Context, u *upstream, query *dns.Msg) (*dns.Msg, 
 	case errors.Is(err, errMalformed): // it is there, and not slow
 		p.failed.Add(1)
 		p.answered(u)
+	case isExhausted(err): // which is nobody's fault but ours
+		p.failed.Add(1)
 	case !errors.Is(ctx.Err(), context.Canceled): // which says nothing about u
 		p.failed.Add(1)
 		u.note(p.now(), false)
 	}
 	return m, err
+}
+
+// isExhausted reports whether err says that this process or the system has no
+// descriptors left.
+func isExhausted(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
 }
 
 // conclusive reports whether an upstream that answers with rcode has found out.

@@ -53,7 +53,7 @@ func (c *idleConn) SetReadDeadline(t time.Time) error {
 	switch {
 	case !c.fixed:
 		t = time.Now().Add(c.idle)
-	case t.Unix() <= longAgo.Unix():
+	case !t.After(longAgo):
 		c.cut = true
 	}
 	return c.Conn.SetReadDeadline(t)
@@ -130,7 +130,8 @@ func (c *idleConn) CloseWrite() error {
 type clientConn struct {
 	idleConn
 	s       *Server
-	source  netip.AddrPort
+	source  asker
+	counted netip.Addr // see crowd
 	in      framed
 	one     [1]byte                   // read by watch
 	session *session                  // set inside a CONNECT

@@ -39,7 +39,7 @@ type connect struct {
 	request    policy.Request
 	decision   policy.Decision
 	generation uint64 // of the policy that decision is from, or an older one
-	reserved   bool   // a place among the tunnels is taken
+	place      *place // among the tunnels, or nil
 	answered   bool   // the 200 was sent
 	said       int64  // bytes that the client got from the far side before the relay
 }
@@ -47,7 +47,7 @@ type connect struct {
 // serveConnect serves the CONNECT with head h, which arrived at start. It returns
 // once the connection is closed or belongs to a tunnel. early is what the client
 // sent after the head; its spare capacity is used for reading.
-func (s *Server) serveConnect(client net.Conn, source netip.AddrPort, start time.Time, h *head, early []byte) {
+func (s *Server) serveConnect(client net.Conn, source asker, start time.Time, h *head, early []byte) {
 	c := &connect{s: s, client: client, json: h.json, early: early}
 	defer c.release()
 	c.ev = s.newEvent(event.Connect, source, start)
@@ -92,10 +92,10 @@ func (c *connect) open(h *head) (net.Conn, *refusal) {
 	if c.s.draining.Load() {
 		return nil, limited(c.decision, http.StatusServiceUnavailable, errDraining)
 	}
-	if r := c.s.tunnels.reserve(c.request.Source, c.decision); r != nil {
+	var r *refusal
+	if c.place, r = c.s.tunnels.reserve(c.request.Source, c.decision); r != nil {
 		return nil, r
 	}
-	c.reserved = true
 	conn, t, r := c.s.reach(c.s.life, c.request, c.decision)
 	c.ev.DNSTime, c.ev.ConnTime = t.dnsTime, t.connTime
 	if r != nil {
@@ -125,7 +125,7 @@ func (c *connect) serve(upstream net.Conn) {
 		upstream.Close()
 		c.refuse(r)
 	case first.silent:
-		c.lookOut(upstream, first.asked)
+		c.keepVigil(upstream, first.asked)
 	case first.left:
 		upstream.Close()
 		c.gone(errLeft)
@@ -147,7 +147,7 @@ func (c *connect) tunnel(upstream net.Conn, first []byte) {
 		}
 		upstream.SetWriteDeadline(time.Time{})
 	}
-	c.client.SetReadDeadline(time.Time{})
+	c.client.SetDeadline(time.Time{})
 	t := c.newTunnel()
 	t.upstream = upstream
 	t.up.Store(int64(len(first)))
@@ -157,8 +157,8 @@ func (c *connect) tunnel(upstream net.Conn, first []byte) {
 // newTunnel makes the tunnel, which takes over event and place.
 func (c *connect) newTunnel() *tunnel {
 	c.ev.Decision = c.decision
-	c.reserved = false
-	t := &tunnel{s: c.s, client: c.client, request: c.request, ev: c.ev, placed: true}
+	t := &tunnel{s: c.s, client: c.client, request: c.request, ev: c.ev, place: c.place}
+	c.place = nil
 	t.down.Store(c.said)
 	return t
 }
@@ -315,6 +315,7 @@ func (c *connect) gone(err error) {
 // refuse tells the client of r in the way it understands at this stage, and ends
 // the CONNECT. Nothing went to the far side.
 func (c *connect) refuse(r *refusal) {
+	c.client.SetWriteDeadline(time.Now().Add(answerTime))
 	switch {
 	case !c.answered:
 		c.ev.Status = r.status
@@ -344,10 +345,8 @@ func (c *connect) finish(d policy.Decision, err error) {
 
 // release gives the place among the tunnels back, unless a tunnel has it.
 func (c *connect) release() {
-	if c.reserved {
-		c.reserved = false
-		c.s.tunnels.release(c.request.Source)
-	}
+	c.s.tunnels.release(c.place)
+	c.place = nil
 }
 
 // destination returns what a client asked for, as events and answers show it.

@@ -3,6 +3,8 @@
 //
 // One CONNECT, in this order:
 //
+//	who asks          the peer, or from a load balancer its PROXY header (asker.go)
+//	rate              of new connections; too many are refused after the head (rate.go)
 //	request head      read strictly, under a deadline and a size bound (front.go, head.go)
 //	target            parsed; Decide on name and port, before any DNS query
 //	limits, loop      a place among the tunnels; never back to this proxy

@@ -67,6 +67,7 @@ type exchange struct {
 	length   int64        // of the response's body as announced; -1: unknown
 	broken   error        // why the response ends before its end
 	taken    bool         // a tunnel has the event
+	place    *place       // among the tunnels, for an upgrade; nil: none
 
 	modern  bool // the client speaks HTTP/1.1
 	interim interim
@@ -215,6 +216,8 @@ func (ex *exchange) admit(r *http.Request) *refusal {
 		ex.decision = session.tunnel.ev.Decision
 	}
 	switch {
+	case len(r.RequestURI) > ex.s.cfg.Limits.URLBytes:
+		return ex.malformed(errURLTooLong)
 	case r.Method == http.MethodConnect:
 		return ex.malformed(errors.New("a CONNECT inside a CONNECT"))
 	case r.Method == http.MethodTrace:

@@ -31,7 +31,7 @@ func dump(w http.ResponseWriter, r *http.Request) {
 	r.Header.Write(w)
 }
 
-func TestForward(t *testing.T) {
+func TestT13TargetWinsOverHost(t *testing.T) {
 	port := site(t, dump)
 	g := start(t, policyFor("", port))
 	g.resolver.set("api.ok.test", "127.0.0.1")
@@ -58,8 +58,8 @@ func TestForward(t *testing.T) {
 	}
 }
 
-// TestForwardRefuses covers T14 and what cannot be forwarded.
-func TestForwardRefuses(t *testing.T) {
+// TestT14TargetForms refuses other forms than absolute-form, and what cannot be forwarded.
+func TestT14TargetForms(t *testing.T) {
 	port := site(t, dump)
 	g := start(t, policyFor("", port, 80))
 	for _, tt := range []struct {
@@ -105,9 +105,9 @@ func TestForwardRefuses(t *testing.T) {
 	}
 }
 
-// TestMalformed covers T16 as far as a first request on a connection goes, and
+// TestT16Malformed goes as far as a first request on a connection goes, and
 // what net/http refuses later.
-func TestMalformed(t *testing.T) {
+func TestT16Malformed(t *testing.T) {
 	port := site(t, dump)
 	g := start(t, policyFor("", port))
 	g.resolver.set("api.ok.test", "127.0.0.1")
@@ -142,8 +142,8 @@ func TestMalformed(t *testing.T) {
 	}
 }
 
-// TestEachRequest covers T15: one connection, several hosts, CONNECT last.
-func TestEachRequest(t *testing.T) {
+// TestT15EachRequest has one connection, several hosts, CONNECT last.
+func TestT15EachRequest(t *testing.T) {
 	port := site(t, dump)
 	o := listen(t, "127.0.0.1:0")
 	g := start(t, policyFor("", port)+fmt.Sprintf("      - {id: s, names: [ssh.ok.test], ports: [%d], protocol: tcp, private_destinations: [127.0.0.0/8]}\n", o.port()))
@@ -194,8 +194,8 @@ func TestEachRequest(t *testing.T) {
 	}
 }
 
-// TestGroupsShareNothing covers the rest of T15: no upstream connection serves two groups.
-func TestGroupsShareNothing(t *testing.T) {
+// TestT15GroupsShareNothing: no upstream connection serves two groups.
+func TestT15GroupsShareNothing(t *testing.T) {
 	var mu sync.Mutex
 	peers := map[string]int{}
 	port := site(t, func(w http.ResponseWriter, r *http.Request) {

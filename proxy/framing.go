@@ -38,10 +38,10 @@ type framing struct {
 	asked    atomic.Uint32 // for responses: the request that the next one answers; set by others
 
 	state  frameState
-	digits uint8  // of a chunk's size, seen so far
-	ext    uint16 // bytes of its extensions, seen so far
-	left   uint64 // bytes of a body or chunk that are to come
-	lines  lines  // of a head or trailer section that is not complete
+	digits uint8     // of a chunk's size, seen so far
+	ext    uint16    // bytes of its extensions, seen so far
+	left   uint64    // bytes of a body or chunk that are to come
+	lines  headLines // of a head or trailer section that is not complete
 }
 
 // The requests that a response may answer.
@@ -282,13 +282,13 @@ var notTrailers = []string{
 	"proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "via",
 }
 
-// A lines finds the empty line at the end of a head or trailer section in a
+// A headLines finds the empty line at the end of a head or trailer section in a
 // buffer that grows from call to call.
-type lines struct{ line, pos int } // start of the current line; what was searched
+type headLines struct{ line, pos int } // start of the current line; what was searched
 
 // end returns the length of the section at the start of b, the empty line
 // included; 0 if it is not complete. Lines end in CRLF, with lax set also in LF.
-func (l *lines) end(b []byte, lax bool) (n int, err error) {
+func (l *headLines) end(b []byte, lax bool) (n int, err error) {
 	for l.pos < len(b) {
 		i := bytes.IndexByte(b[l.pos:], '\n')
 		if i < 0 {
@@ -304,7 +304,7 @@ func (l *lines) end(b []byte, lax bool) (n int, err error) {
 		}
 		if end == l.line {
 			n = l.pos
-			*l = lines{}
+			*l = headLines{}
 			return n, nil
 		}
 		l.line = l.pos

@@ -16,6 +16,8 @@ import (
 type pending struct {
 	conn  net.Conn
 	begun atomic.Bool // the client has sent something
+
+	counted netip.Addr // see crowd
 }
 
 // closeUnused closes a connection on which nobody has asked for anything.
@@ -30,6 +32,7 @@ func (s *Server) serveConn(conn net.Conn) {
 	defer s.wg.Done()
 	defer s.recovered(conn)
 	p := s.enter(conn, false)
+	defer s.descriptors.release()
 	defer s.leave(p)
 	buf := buffers.Get().(*[minBuffer]byte)
 	defer buffers.Put(buf)
@@ -39,26 +42,52 @@ func (s *Server) serveConn(conn net.Conn) {
 // front reads the first head of a connection and passes the connection on.
 func (s *Server) front(p *pending, buf []byte) {
 	start := time.Now()
-	source := remoteAddr(p.conn)
 	p.conn.SetReadDeadline(start.Add(s.cfg.Timeouts.RequestHeader))
+	source, buf, ok := s.introduce(p, buf, start)
+	if !ok {
+		return
+	}
+	tooMany := s.countIn(p, source, start)
+	if tooMany != nil {
+		defer s.hurried.Add(-1)
+		if s.hurried.Add(1) > maxHurried {
+			s.dropTooMany(p, source, start, tooMany)
+			return
+		}
+		p.conn.SetReadDeadline(start.Add(min(hurry, s.cfg.Timeouts.RequestHeader)))
+	}
 	raw, n, err := readHead(firstRead{p}, buf, s.cfg.Limits.HeaderBytes)
 	if len(raw) == 0 { // a probe, or a connection opened in advance
+		if tooMany != nil {
+			s.dropTooMany(p, source, start, tooMany)
+		}
 		p.conn.Close()
+		return
+	}
+	if err := s.unexpected(p, raw); err != nil {
+		s.reject(p, source, start, err)
 		return
 	}
 	var h head
 	if err == nil {
 		h, err = parseHead(raw[:n])
 	}
+	if err == nil && len(h.target) > s.cfg.Limits.URLBytes {
+		err = errURLTooLong
+	}
 	switch {
+	case tooMany != nil:
+		s.refuseTooMany(p, source, start, &h, tooMany)
 	case err != nil:
 		s.refuseHead(p.conn, source, start, &h, err)
 	case h.isConnect():
 		s.serveConnect(p.conn, source, start, &h, raw[n:])
 	default:
+		counted := p.counted
+		p.counted = netip.Addr{} // it is c's from now on
 		s.serveByHTTP(&clientConn{
 			idleConn: idleConn{Conn: p.conn, idle: s.clientIdle()},
-			s:        s, source: source, in: requests(s, raw),
+			s:        s, source: source, counted: counted, in: requests(s, raw),
 		})
 	}
 }
@@ -75,7 +104,7 @@ func (r firstRead) Read(b []byte) (int, error) {
 }
 
 // refuseHead answers a head that is not HTTP as it should be.
-func (s *Server) refuseHead(conn net.Conn, source netip.AddrPort, start time.Time, h *head, err error) {
+func (s *Server) refuseHead(conn net.Conn, source asker, start time.Time, h *head, err error) {
 	c := &connect{s: s, client: conn, json: h.json}
 	kind := event.HTTP
 	if h.isConnect() {
@@ -127,6 +156,8 @@ func (s *Server) connState(conn net.Conn, state http.ConnState) {
 		} else if state == http.StateClosed {
 			c.session.end()
 		}
+		s.crowd.leave(c.counted)
+		s.descriptors.release()
 		s.wg.Done()
 	}
 }
@@ -167,10 +198,12 @@ func (s *Server) takeBack(c *clientConn, w http.ResponseWriter, r *http.Request)
 	go s.serveTakenBack(conn, c.source, start, h, early, r.ContentLength != 0)
 }
 
-func (s *Server) serveTakenBack(conn net.Conn, source netip.AddrPort, start time.Time, h *head, early []byte, content bool) {
+func (s *Server) serveTakenBack(conn net.Conn, source asker, start time.Time, h *head, early []byte, content bool) {
 	defer s.wg.Done()
 	defer s.recovered(conn)
 	defer s.leave(s.enter(conn, true))
+	// The client may not have taken in what came before, and so not take in the 200.
+	conn.SetWriteDeadline(start.Add(s.cfg.Timeouts.Connect + answerTime))
 	if content {
 		s.refuseHead(conn, source, start, h, badHead("CONNECT with content"))
 		return
@@ -195,6 +228,7 @@ func (s *Server) enter(conn net.Conn, begun bool) *pending {
 }
 
 func (s *Server) leave(p *pending) {
+	s.crowd.leave(p.counted)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.pending, p)

@@ -24,6 +24,7 @@ var (
 	errIsTLS      = badHead("TLS to the proxy port; the client's proxy setting needs http://, not https://")
 	errBareLF     = badHead("line ends in a bare LF")
 	errHeadTooBig = &headError{http.StatusRequestHeaderFieldsTooLarge, "request head exceeds the limit"}
+	errURLTooLong = &headError{http.StatusRequestURITooLong, "request target exceeds proxy.limits.url_bytes"}
 	errHeadSlow   = &headError{http.StatusRequestTimeout, "request head did not arrive in time"}
 )
 
@@ -49,7 +50,7 @@ type head struct {
 //
 // The error is a headError, or r's own. b may then hold the start of a head.
 func readHead(r io.Reader, b []byte, limit int) (all []byte, n int, err error) {
-	var l lines
+	var l headLines
 	for {
 		if err := checkStart(b); err != nil {
 			return b, 0, err

@@ -85,25 +85,7 @@ func TestRefusalDoesNotWaitForTheBody(t *testing.T) {
 	}
 }
 
-func TestRecordsBeforeTheHello(t *testing.T) {
-	o := listen(t, "127.0.0.1:0")
-	g := start(t, policyFor("", o.port()))
-	g.resolver.set("api.ok.test", "127.0.0.1")
-	for _, record := range []string{"\x14\x03\x03\x00\x01\x01", "\x15\x03\x03\x00\x02\x01\x00", "\x17\x03\x03\x00\x01x"} {
-		c := g.dial()
-		c.send("CONNECT api.ok.test:%d HTTP/1.1\r\n\r\n", o.port())
-		if resp, body := c.response("CONNECT"); resp.StatusCode != 200 {
-			t.Fatal(resp.Status, body)
-		}
-		c.send("%s", record)
-		if ev := g.next(); ev.Decision.Reason != policy.ReasonHelloMalformed {
-			t.Errorf("%q: %+v", record, ev)
-		}
-		c.Close()
-	}
-}
-
-func TestPasswordsStayOutOfTheEvent(t *testing.T) {
+func TestT63PasswordsStayOutOfTheEvent(t *testing.T) {
 	g := start(t, policyFor("", 443))
 	for _, request := range []string{
 		"CONNECT user:s3cret@api.ok.test:443 HTTP/1.1\r\n\r\n",

@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"net"
+	"net/http"
 	"net/netip"
 	"slices"
 	"time"
@@ -44,6 +45,10 @@ func (s *Server) reach(ctx context.Context, req policy.Request, d policy.Decisio
 	t.connTime = time.Since(start)
 	if err != nil {
 		return nil, t, connectFailed(t.decision, err)
+	}
+	if s.descriptors.spent(conn) {
+		conn.Close()
+		return nil, t, limited(t.decision, http.StatusServiceUnavailable, errDescriptors)
 	}
 	// Which rule let the connection pass depends on the address, and the policy
 	// may have changed on the way.

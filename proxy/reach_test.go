@@ -20,23 +20,6 @@ func (g *gate) refused(target string) (status int, reason, proxyStatus string) {
 	return resp.StatusCode, resp.Header.Get("X-Sallyport-Reason"), resp.Header.Get("Proxy-Status")
 }
 
-// TestPrivateDestinations covers T35 and T36: what a listed name must not point to.
-func TestPrivateDestinations(t *testing.T) {
-	g := start(t, "version: 1\ngroups:\n  - {name: g, sources: [127.0.0.0/8], allow: [.ok.test]}\n")
-	for _, a := range []string{
-		"127.0.0.1", "0.0.0.0", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.100.100.200", "192.0.0.1", "198.18.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255",
-		"::", "::1", "fd00:ec2::254", "fe80::1", "ff02::1", "::ffff:127.0.0.1", "::127.0.0.1", "::ffff:0:127.0.0.1", "64:ff9b::7f00:1", "64:ff9b:1::7f00:1", "2002:7f00:1::", "2001::1",
-	} {
-		g.resolver.set("api.ok.test", a)
-		if status, reason, ps := g.refused("api.ok.test:443"); status != 403 || reason != "private_destination" || ps != `sallyport; error=http_request_denied; details="private_destination"` {
-			t.Errorf("%s: %d %s %s", a, status, reason, ps)
-		}
-		if ev := g.next(); ev.Decision.Reason != policy.ReasonPrivateDestination || ev.Destination.IsValid() || ev.Name != "api.ok.test" {
-			t.Errorf("%s: %+v", a, ev)
-		}
-	}
-}
-
 // only allows one address besides what the policy allows without a destination.
 type only struct {
 	Decider
@@ -51,8 +34,8 @@ func (o only) Decide(r policy.Request) policy.Decision {
 	return d
 }
 
-// TestMixedAnswer covers T37: the addresses that do not pass are not tried.
-func TestMixedAnswer(t *testing.T) {
+// TestT37MixedAnswer: the addresses that do not pass are not tried.
+func TestT37MixedAnswer(t *testing.T) {
 	good := listen(t, "127.0.0.2:0")
 	bad := listen(t, fmt.Sprintf("127.0.0.1:%d", good.port()))
 	g := start(t, policyFor(", protocol: tcp", good.port()), func(c *Config) { c.Decider = only{c.Decider, good.addr.Addr()} })
@@ -71,8 +54,8 @@ func TestMixedAnswer(t *testing.T) {
 	}
 }
 
-// TestRebinding covers T38: the answer changes after the check, and nobody sees it.
-func TestRebinding(t *testing.T) {
+// TestT38Rebinding: the answer changes after the check, and nobody sees it.
+func TestT38Rebinding(t *testing.T) {
 	good := listen(t, "127.0.0.2:0")
 	bad := listen(t, fmt.Sprintf("127.0.0.1:%d", good.port()))
 	for _, target := range []string{"CONNECT api.ok.test:%d HTTP/1.1\r\n\r\n", "GET http://api.ok.test:%d/ HTTP/1.1\r\nHost: x\r\n\r\n"} {
@@ -101,8 +84,8 @@ func TestRebinding(t *testing.T) {
 	}
 }
 
-// TestFarSideFails covers T34: the truth on the CONNECT itself.
-func TestFarSideFails(t *testing.T) {
+// TestT34FarSideFails: the truth on the CONNECT itself.
+func TestT34FarSideFails(t *testing.T) {
 	dead := listen(t, "127.0.0.1:0") // takes a port; another address of it is closed
 	g := start(t, policyFor("", dead.port()), func(c *Config) { c.Timeouts.Connect = 500 * time.Millisecond })
 	g.resolver.set("refuses.ok.test", "127.0.0.3", "127.0.0.4")
@@ -140,8 +123,8 @@ func TestFarSideFails(t *testing.T) {
 	}
 }
 
-// TestLoop covers T19, for a literal address and for a name that leads back.
-func TestLoop(t *testing.T) {
+// TestT19Loop tries it with a literal address and for a name that leads back.
+func TestT19Loop(t *testing.T) {
 	for _, listen := range []string{"127.0.0.1:0", "0.0.0.0:0"} {
 		g := start(t, "version: 1\ngroups: []\n", func(c *Config) { c.Listen = []string{listen} })
 		port := int(g.srv.Addrs()[0].Port())

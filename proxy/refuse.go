@@ -44,6 +44,10 @@ const (
 const (
 	retryAfter = "5" // seconds, for Retry-After
 	maxShown   = 256 // bytes of a client's string that answers and events repeat
+
+	// answerTime is how long a client may take to take in a refusal. The kernel
+	// does that for it, unless the client left earlier answers unread.
+	answerTime = 5 * time.Second
 )
 
 // A refusal ends a request: what the client is told, and what the event says. It
@@ -89,6 +93,9 @@ func looped(d policy.Decision) *refusal {
 
 // resolveFailed is the refusal for an error of upstream.Dialer.Resolve.
 func resolveFailed(d policy.Decision, err error) *refusal {
+	if isExhausted(err) {
+		return limited(d, http.StatusServiceUnavailable, err)
+	}
 	r := &refusal{decision: d.Refuse(policy.ReasonResolveFailed), status: http.StatusBadGateway, token: statusDNSError, err: err}
 	if isTimeout(err) {
 		r.status, r.token = http.StatusGatewayTimeout, statusDNSTimeout
@@ -99,6 +106,9 @@ func resolveFailed(d policy.Decision, err error) *refusal {
 // connectFailed is the refusal for an error of upstream.Dialer.Dial. Of several
 // attempts' errors the one that says most about the far side counts.
 func connectFailed(d policy.Decision, err error) *refusal {
+	if isExhausted(err) {
+		return limited(d, http.StatusServiceUnavailable, err)
+	}
 	r := &refusal{decision: d.Refuse(policy.ReasonConnectFailed), status: http.StatusBadGateway, token: statusUnavailable, err: err}
 	switch {
 	case errors.Is(err, syscall.ECONNREFUSED):
@@ -261,7 +271,7 @@ var explanations = map[policy.Reason]string{
 	policy.ReasonHostMismatch:       "the Host field differs from the CONNECT target",
 	policy.ReasonBadRequest:         "the request is malformed",
 	policy.ReasonLoop:               "the request would come back to this proxy",
-	policy.ReasonLimitExceeded:      "too many tunnels, or the proxy is stopping; try again later",
+	policy.ReasonLimitExceeded:      "too many tunnels or connections, or the proxy is stopping; try again later",
 	policy.ReasonResolveFailed:      "the name could not be resolved",
 	policy.ReasonConnectFailed:      "the destination could not be reached",
 }

@@ -42,6 +42,16 @@ type Config struct {
 	HelpURL  string            // shown to refused clients: where to ask for access; "": nothing
 	Timeouts Timeouts
 	Limits   Limits
+
+	ProxyProtocol ProxyProtocol
+}
+
+// ProxyProtocol says who speaks for others. The zero value: nobody.
+type ProxyProtocol struct {
+	// Trusted are the peers, load balancers, that must begin every connection with a
+	// PROXY protocol header, version 1 or 2. Its source is then who asks, in every
+	// respect. Peers outside of them that send one are cut off.
+	Trusted []netip.Prefix
 }
 
 // Timeouts bound every phase that a peer could draw out. Zero fields, but for
@@ -57,9 +67,15 @@ type Timeouts struct {
 // Limits bound what clients can make the proxy hold.
 type Limits struct {
 	Tunnels          int // tunnels at a time, established or on the way; 0: no limit
-	TunnelsPerSource int // the same, from one client address; 0: no limit
+	TunnelsPerSource int // the same, from one source: a client address, of IPv6 a /64; 0: no limit
+	TunnelsPerGroup  int // the same, from all sources of a group; 0: no limit
 	ClientHelloBytes int // of a ClientHello with its record headers; 0: 16 KiB
 	HeaderBytes      int // of a request or response head; 0: 64 KiB
+	URLBytes         int // of a request target; 0: 8 KiB
+
+	ConnectionsPerSource int // at a time that are no tunnels: without a request yet, or with plain HTTP; 0: no limit
+	ConnectionsPerSecond int // new connections a second from one source, in the long run; 0: no limit
+	ConnectionsBurst     int // at once after a pause; 0: as many as a second
 }
 
 const (
@@ -68,12 +84,13 @@ const (
 	defaultRequestHeader = 10 * time.Second
 	defaultIdle          = 10 * time.Minute
 	defaultHeaderBytes   = 64 << 10
+	defaultURLBytes      = 8 << 10
 
 	listener = "proxy" // Event.Listener
 
 	minBuffer = 4 << 10 // bytes to read a head or a ClientHello into; most fit
 
-	// After a failed accept, such as for lack of descriptors.
+	// After a failed accept, and while there is a lack of descriptors.
 	minPause = 5 * time.Millisecond
 	maxPause = time.Second
 )
@@ -87,6 +104,7 @@ type Stats struct {
 	BytesUp      int64  // towards destinations since the start, live connections included
 	BytesDown    int64  // towards clients
 	AcceptErrors uint64 // failed accepts since the start
+	AcceptPauses uint64 // how often accepting paused since then, after a failure or for lack of descriptors
 	Panics       uint64 // connections closed because of a mistake in this program
 }
 
@@ -101,6 +119,11 @@ type Server struct {
 	pools   pools
 	tunnels tunnels
 	clients clients
+
+	rates       *rates       // of new connections; nil: no limit
+	crowd       crowd        // connections that are no tunnels
+	hurried     atomic.Int64 // connections that these two refuse, at the moment
+	descriptors *descriptors
 
 	listeners []net.Listener
 	addrs     []netip.AddrPort // of listeners
@@ -136,9 +159,13 @@ func New(cfg Config) *Server {
 		quit:     make(chan struct{}),
 		stopped:  make(chan struct{}),
 		pending:  make(map[*pending]struct{}),
-		tunnels:  tunnels{limits: cfg.Limits, bySource: make(map[netip.Addr]int), live: make(map[*tunnel]struct{})},
+		tunnels:  tunnels{limits: cfg.Limits, bySource: make(map[netip.Addr]int), byGroup: make(map[string]int), live: make(map[*tunnel]struct{})},
 		clients:  clients{live: make(map[*clientConn]struct{})},
 		idPrefix: newPrefix(),
+
+		rates:       newRates(cfg.Limits.ConnectionsPerSecond, cfg.Limits.ConnectionsBurst),
+		crowd:       crowd{limit: cfg.Limits.ConnectionsPerSource, open: make(map[netip.Addr]int)},
+		descriptors: newDescriptors(),
 	}
 	s.life, s.cut = context.WithCancel(context.Background())
 	s.pools = pools{s: s, m: make(map[poolKey]*http.Transport)}
@@ -175,6 +202,10 @@ func (c *Config) setDefaults() {
 	if c.Limits.HeaderBytes <= 0 {
 		c.Limits.HeaderBytes = defaultHeaderBytes
 	}
+	if c.Limits.URLBytes <= 0 {
+		c.Limits.URLBytes = defaultURLBytes
+	}
+	c.ProxyProtocol.Trusted = unmapPrefixes(c.ProxyProtocol.Trusted)
 	if c.Observer == nil {
 		c.Observer = event.Observers(nil)
 	}
@@ -238,30 +269,33 @@ func (s *Server) serveHTTP() {
 	s.http.Serve(s.handOff) // ends with ErrServerClosed, at Shutdown
 }
 
-// accept accepts until l is closed. Other failures pass, and are waited for.
+// accept accepts until l is closed. Other failures pass, and are waited for, and so
+// is a lack of descriptors.
 func (s *Server) accept(l net.Listener) {
 	defer s.wg.Done()
+	look := newLookout(s.descriptors)
 	pause := minPause
 	for {
 		conn, err := l.Accept()
 		switch {
 		case err == nil:
 			pause = minPause
+			enough, recovered := look.enough(conn)
+			if recovered {
+				s.cfg.Logger.Info().Str("listener", listener).Msg("connections are accepted without a pause again")
+			}
 			s.wg.Add(1)
 			go s.serveConn(conn)
-			continue
+			if enough {
+				continue
+			}
+			err = errDescriptors
 		case errors.Is(err, net.ErrClosed):
 			return
+		default:
+			s.acceptErrors.Add(1)
 		}
-		s.acceptErrors.Add(1)
-		if pause == minPause {
-			s.cfg.Logger.Warn().Err(err).Str("listener", listener).Msg("cannot accept connections; trying again")
-		}
-		select {
-		case <-time.After(pause):
-		case <-s.quit:
-		}
-		pause = min(2*pause, maxPause)
+		s.awaitRoom(err, &pause)
 	}
 }
 
@@ -342,13 +376,13 @@ func (s *Server) Stats() Stats {
 	return Stats{
 		Connections: n + pending + int(s.httpConns.Load()), Tunnels: n,
 		BytesUp: up + s.httpUp.Load(), BytesDown: down + s.httpDown.Load(),
-		AcceptErrors: s.acceptErrors.Load(), Panics: s.panics.Load(),
+		AcceptErrors: s.acceptErrors.Load(), AcceptPauses: s.descriptors.pauses.Load(), Panics: s.panics.Load(),
 	}
 }
 
 // newEvent starts the record of a request.
-func (s *Server) newEvent(kind event.Kind, source netip.AddrPort, start time.Time) event.Event {
-	return event.Event{Time: start, Kind: kind, ID: s.newID(), Source: source, Listener: listener}
+func (s *Server) newEvent(kind event.Kind, who asker, start time.Time) event.Event {
+	return event.Event{Time: start, Kind: kind, ID: s.newID(), Source: who.AddrPort, VPCEndpoint: who.vpcEndpoint, Listener: listener}
 }
 
 // observe ends the record.

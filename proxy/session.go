@@ -44,7 +44,7 @@ func (c *connect) startSession(upstream net.Conn, raw []byte) {
 	c.s.register(s.tunnel, c.generation)
 	c.s.serveByHTTP(&clientConn{
 		idleConn: idleConn{Conn: c.client, idle: c.s.clientIdle()},
-		s:        c.s, source: c.ev.Source, in: requests(c.s, raw), session: s,
+		s:        c.s, source: asker{c.ev.Source, c.ev.VPCEndpoint}, in: requests(c.s, raw), session: s,
 	})
 }
 

@@ -12,8 +12,8 @@ import (
 	"sallyport/policy/event"
 )
 
-// TestSession covers T11: HTTP inside a CONNECT.
-func TestSession(t *testing.T) {
+// TestT11Session has HTTP inside a CONNECT.
+func TestT11Session(t *testing.T) {
 	port := site(t, dump)
 	g := start(t, policyFor("", port))
 	g.resolver.set("api.ok.test", "127.0.0.1")
@@ -63,7 +63,7 @@ func TestSession(t *testing.T) {
 	}
 }
 
-func TestHostMismatchInSession(t *testing.T) {
+func TestT11HostMismatch(t *testing.T) {
 	port := site(t, dump)
 	g := start(t, policyFor("", port)+fmt.Sprintf("      - {names: [other.ok.test], ports: [%d], private_destinations: [127.0.0.0/8]}\n", port))
 	g.resolver.set("api.ok.test", "127.0.0.1")

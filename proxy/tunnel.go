@@ -26,7 +26,7 @@ type tunnel struct {
 	request  policy.Request // the last one decided
 	ev       event.Event
 	up, down atomic.Int64 // bytes to the upstream, to the client
-	placed   bool         // it has a place of its own among the tunnels
+	place    *place       // among the tunnels, of its own; nil: none
 	then     func()       // called after the end, unless nil
 
 	revoked atomic.Pointer[policy.Decision] // what a later policy said
@@ -50,6 +50,7 @@ func (t *tunnel) run() {
 	r := relay.Relay(t.client, t.upstream, relay.Options{Idle: t.s.cfg.Timeouts.Idle, Up: &t.up, Down: &t.down})
 	t.client.Close()
 	t.upstream.Close()
+	t.s.descriptors.release()
 	t.end(describe(r))
 }
 
@@ -107,6 +108,7 @@ func (t *tunnel) cutRevoked() {
 var (
 	errTooMany           = errors.New("proxy.limits.tunnels reached")
 	errTooManyFromSource = errors.New("proxy.limits.tunnels_per_source reached")
+	errTooManyFromGroup  = errors.New("proxy.limits.tunnels_per_group reached")
 	errDraining          = errors.New("the proxy is stopping")
 )
 
@@ -117,41 +119,66 @@ type tunnels struct {
 	mu       sync.Mutex // guards what follows
 	reserved int        // places taken, by tunnels and what may become one
 	bySource map[netip.Addr]int
+	byGroup  map[string]int
 	live     map[*tunnel]struct{}
 	up, down int64 // bytes of tunnels that have ended
 }
 
-// reserve takes a place for a tunnel from source.
-func (ts *tunnels) reserve(source netip.Addr, d policy.Decision) *refusal {
+// A place is one among the tunnels, if their number is limited. It is given back once.
+type place struct {
+	source netip.Addr // by limitKey
+	group  string     // that it counts for, whatever a later policy says
+}
+
+// reserve takes a place for a tunnel from source, which d lets pass. Without a
+// limit there is none.
+func (ts *tunnels) reserve(source netip.Addr, d policy.Decision) (*place, *refusal) {
+	l := &ts.limits
+	if l.Tunnels <= 0 && l.TunnelsPerSource <= 0 && l.TunnelsPerGroup <= 0 {
+		return nil, nil
+	}
+	p := &place{limitKey(source), d.Group}
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
-	if ts.limits.Tunnels > 0 && ts.reserved >= ts.limits.Tunnels {
-		return limited(d, http.StatusServiceUnavailable, errTooMany)
+	switch {
+	case l.TunnelsPerSource > 0 && ts.bySource[p.source] >= l.TunnelsPerSource:
+		return nil, limited(d, http.StatusTooManyRequests, errTooManyFromSource)
+	case l.TunnelsPerGroup > 0 && ts.byGroup[p.group] >= l.TunnelsPerGroup:
+		return nil, limited(d, http.StatusServiceUnavailable, errTooManyFromGroup)
+	case l.Tunnels > 0 && ts.reserved >= l.Tunnels:
+		return nil, limited(d, http.StatusServiceUnavailable, errTooMany)
 	}
+	ts.count(p, 1)
+	return p, nil
+}
+
+// count adds n to what p counts for. The caller holds mu.
+func (ts *tunnels) count(p *place, n int) {
+	ts.reserved += n
 	if ts.limits.TunnelsPerSource > 0 {
-		if ts.bySource[source] >= ts.limits.TunnelsPerSource {
-			return limited(d, http.StatusTooManyRequests, errTooManyFromSource)
+		if ts.bySource[p.source] += n; ts.bySource[p.source] == 0 {
+			delete(ts.bySource, p.source)
 		}
-		ts.bySource[source]++
 	}
-	ts.reserved++
-	return nil
+	if ts.limits.TunnelsPerGroup > 0 {
+		if ts.byGroup[p.group] += n; ts.byGroup[p.group] == 0 {
+			delete(ts.byGroup, p.group)
+		}
+	}
 }
 
 func limited(d policy.Decision, status int, err error) *refusal {
 	return &refusal{decision: d.Refuse(policy.ReasonLimitExceeded), status: status, token: statusLimit, err: err}
 }
 
-// release gives the place back.
-func (ts *tunnels) release(source netip.Addr) {
+// release gives a place back. There may be none.
+func (ts *tunnels) release(p *place) {
+	if p == nil {
+		return
+	}
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
-	ts.reserved--
-	if ts.limits.TunnelsPerSource > 0 {
-		if ts.bySource[source]--; ts.bySource[source] == 0 {
-			delete(ts.bySource, source)
-		}
-	}
+	ts.count(p, -1)
 }
 
 func (ts *tunnels) add(t *tunnel) {
@@ -174,9 +201,7 @@ func (ts *tunnels) remove(t *tunnel) {
 	ts.up += t.up.Load()
 	ts.down += t.down.Load()
 	ts.mu.Unlock()
-	if t.placed {
-		ts.release(t.request.Source)
-	}
+	ts.release(t.place)
 }
 
 // each calls f with every live tunnel, without the lock.

@@ -41,7 +41,7 @@ func (c *client) ping() {
 	}
 }
 
-func TestRevocation(t *testing.T) {
+func TestT65Revocation(t *testing.T) {
 	o := listen(t, "127.0.0.1:0")
 	o.echo(t)
 	both := tcpPolicy(o.port())
@@ -68,9 +68,9 @@ func TestRevocation(t *testing.T) {
 	}
 }
 
-// TestRevocationOnTheWay changes the policy while tunnels are set up: between the
+// TestT65RevocationOnTheWay changes the policy while tunnels are set up: between the
 // decision and the registration.
-func TestRevocationOnTheWay(t *testing.T) {
+func TestT65RevocationOnTheWay(t *testing.T) {
 	o := listen(t, "127.0.0.1:0")
 	o.echo(t)
 	both := tcpPolicy(o.port())
@@ -96,7 +96,7 @@ func TestRevocationOnTheWay(t *testing.T) {
 	}
 }
 
-func TestRevokedSession(t *testing.T) {
+func TestT65RevokedSession(t *testing.T) {
 	port := site(t, dump)
 	text := policyFor("", port)
 	g := start(t, text)
@@ -122,7 +122,7 @@ func TestTunnelLimits(t *testing.T) {
 	for _, tt := range []struct {
 		limits Limits
 		status int
-	}{{Limits{Tunnels: 2}, 503}, {Limits{TunnelsPerSource: 2}, 429}} {
+	}{{Limits{Tunnels: 2}, 503}, {Limits{TunnelsPerSource: 2}, 429}, {Limits{TunnelsPerGroup: 2}, 503}, {Limits{Tunnels: 2, TunnelsPerSource: 2, TunnelsPerGroup: 2}, 429}} {
 		g := start(t, tcpPolicy(o.port()), func(c *Config) { c.Limits = tt.limits })
 		g.resolver.set("a.ok.test", "127.0.0.1")
 		target := fmt.Sprintf("a.ok.test:%d", o.port())

@@ -36,7 +36,8 @@ func upgradeOf(h http.Header) string {
 // the far side agrees, the connections become a tunnel.
 func (ex *exchange) upgrade(r *http.Request, protocol string) {
 	if ex.client.session == nil { // otherwise the CONNECT has a place
-		if refused := ex.s.tunnels.reserve(ex.request.Source, ex.decision); refused != nil {
+		var refused *refusal
+		if ex.place, refused = ex.s.tunnels.reserve(ex.request.Source, ex.decision); refused != nil {
 			ex.refuse(refused)
 			return
 		}
@@ -46,9 +47,7 @@ func (ex *exchange) upgrade(r *http.Request, protocol string) {
 		defer context.AfterFunc(r.Context(), func() { conn.SetDeadline(longAgo) })()
 		refused = ex.negotiate(r, conn, protocol)
 	}
-	if !ex.taken && ex.client.session == nil {
-		ex.s.tunnels.release(ex.request.Source)
-	}
+	ex.s.tunnels.release(ex.place) // unless a tunnel has it
 	switch {
 	case refused == nil:
 	case r.Context().Err() != nil: // nobody reads an answer, and the far side has not failed
@@ -154,9 +153,10 @@ func (ex *exchange) switchTo(conn net.Conn, br *bufio.Reader, resp *http.Respons
 	}
 	ex.taken = true
 	ex.ev.Status, ex.ev.Decision = http.StatusSwitchingProtocols, ex.decision
-	t := &tunnel{s: ex.s, client: client, upstream: conn, request: ex.request, ev: ex.ev, placed: true}
+	t := &tunnel{s: ex.s, client: client, upstream: conn, request: ex.request, ev: ex.ev, place: ex.place}
+	ex.place = nil
 	if s := ex.client.session; s != nil {
-		t.placed, t.then = false, s.end
+		t.then = s.end
 	}
 	t.up.Store(int64(len(early)))
 	t.down.Store(int64(len(late)))

@@ -30,8 +30,8 @@ func TestUpgradeOf(t *testing.T) {
 	}
 }
 
-// TestWebSocket covers T17, outside and inside a CONNECT.
-func TestWebSocket(t *testing.T) {
+// TestT17WebSocket goes outside and inside a CONNECT.
+func TestT17WebSocket(t *testing.T) {
 	o := listen(t, "127.0.0.1:0")
 	g := start(t, policyFor("", o.port()), func(c *Config) { c.Limits.Tunnels = 1 })
 	g.resolver.set("ws.ok.test", "127.0.0.1")

@@ -254,7 +254,7 @@ func TestReasonsAreDocumented(t *testing.T) {
 // TestMetricsAreDocumented compares the metrics that are exported with those on the page, both ways.
 func TestMetricsAreDocumented(t *testing.T) {
 	m := metrics.New(metrics.Options{
-		Tunnels:    func() int { return 0 },
+		Proxy:      func() metrics.ProxyStats { return metrics.ProxyStats{} },
 		LogDropped: func() uint64 { return 0 },
 		Resolver:   func() metrics.ResolverStats { return metrics.ResolverStats{} },
 	})
@@ -364,4 +364,100 @@ func readDoc(t *testing.T, path string) string {
 		t.Fatal(err)
 	}
 	return string(page)
+}
+
+// TestThreatsAreTested keeps the page of threats honest: every case has one row, in
+// order, each test that a row names exists, and each test that is named after a
+// case stands in the row of that case.
+func TestThreatsAreTested(t *testing.T) {
+	tests := map[string]bool{}
+	_, files := parseAll(t)
+	for _, f := range files {
+		for _, decl := range f.ast.Decls {
+			if fn, ok := decl.(*ast.FuncDecl); ok && f.isTest() && fn.Recv == nil && regexp.MustCompile(`^(Test|Fuzz)`).MatchString(fn.Name.Name) {
+				tests[fn.Name.Name] = true
+			}
+		}
+	}
+	page := readDoc(t, "docs/threats.md")
+	rows := map[string]string{}
+	last := ""
+	for _, m := range regexp.MustCompile(`(?m)^\| (T\d\d) \|(.*)\|([^|\n]*)\|$`).FindAllStringSubmatch(page, -1) {
+		number, proof := m[1], m[3]
+		if number <= last {
+			t.Errorf("docs/threats.md: %s stands after %s", number, last)
+		}
+		last, rows[number] = number, proof
+		honest := strings.HasPrefix(strings.TrimSpace(proof), "– ")
+		named := regexp.MustCompile("`((?:Test|Fuzz)\\w+)`").FindAllStringSubmatch(proof, -1)
+		own := false
+		for _, n := range named {
+			if !tests[n[1]] {
+				t.Errorf("docs/threats.md: %s: there is no %s", number, n[1])
+			}
+			own = own || strings.HasPrefix(n[1], "Test"+number)
+		}
+		switch {
+		case len(named) > 0 && !own && !honest:
+			t.Errorf("docs/threats.md: no test in the row of %s is named Test%[1]s…", number)
+		case len(named) == 0 && !honest:
+			t.Errorf("docs/threats.md: %s names no test and does not say why (–, and the reason)", number)
+		}
+	}
+	for n := 1; n <= 71; n++ {
+		if n == 42 { // those of the resolver have their own page
+			n = 58
+		}
+		if number := fmt.Sprintf("T%02d", n); rows[number] == "" {
+			t.Errorf("docs/threats.md has no row for %s", number)
+		}
+	}
+	for test := range tests {
+		m := regexp.MustCompile(`^TestT(\d\d)[A-Z]`).FindStringSubmatch(test)
+		if m == nil {
+			continue
+		}
+		if row, ok := rows["T"+m[1]]; ok && !strings.Contains(row, "`"+test+"`") {
+			t.Errorf("docs/threats.md: the row of T%s does not name %s", m[1], test)
+		}
+	}
+}
+
+// TestT71MonotonicDeadlines: every deadline in proxy comes from time.Now, whose
+// monotonic reading survives a jump of the wall clock. What drops that reading is
+// not used there but for showing a time.
+func TestT71MonotonicDeadlines(t *testing.T) {
+	fset, files := parseAll(t)
+	for _, f := range files {
+		if !strings.HasPrefix(f.path, "proxy/") || f.isTest() {
+			continue
+		}
+		ast.Inspect(f.ast, func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			if !ok {
+				return true
+			}
+			sel, ok := call.Fun.(*ast.SelectorExpr)
+			if !ok {
+				return true
+			}
+			where := fset.Position(call.Pos())
+			switch sel.Sel.Name {
+			case "Round", "Truncate", "In", "Local", "AddDate", "UnixNano", "UnixMilli":
+				t.Errorf("%s: %s loses the monotonic reading of a time", where, sel.Sel.Name)
+			case "Unix", "UnixMicro":
+				if lit, ok := call.Args[0].(*ast.BasicLit); !ok || lit.Value != "1" { // long ago, on purpose
+					t.Errorf("%s: a time from the wall clock", where)
+				}
+			case "SetDeadline", "SetReadDeadline", "SetWriteDeadline":
+				ast.Inspect(call.Args[0], func(n ast.Node) bool {
+					if inner, ok := n.(*ast.CallExpr); ok && (isCall(inner, "time", "Date") || isCall(inner, "time", "Parse")) {
+						t.Errorf("%s: a deadline from the wall clock", where)
+					}
+					return true
+				})
+			}
+			return true
+		})
+	}
 }

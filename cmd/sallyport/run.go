@@ -84,13 +84,20 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 		return nil, &exitError{exitFailure, err}
 	}
 	g.logger = g.log.Logger()
+	takeLibraryLog(g.logger)
 	for _, w := range warnings {
 		g.logger.Warn().Msg(w.Error())
 	}
 	v, rev := build()
 	g.metrics = metrics.New(metrics.Options{
 		Version: v, Revision: rev, LogDropped: g.log.Dropped,
-		Tunnels: func() int { return g.proxy.Stats().Tunnels },
+		Proxy: func() metrics.ProxyStats {
+			st := g.proxy.Stats()
+			return metrics.ProxyStats{
+				Tunnels: st.Tunnels, Up: st.BytesUp, Down: st.BytesDown,
+				AcceptErrors: st.AcceptErrors, AcceptPauses: st.AcceptPauses,
+			}
+		},
 		Resolver: func() metrics.ResolverStats {
 			st := g.resolver.Stats()
 			return metrics.ResolverStats{
@@ -147,9 +154,11 @@ func (g *gate) proxyConfig() proxy.Config {
 			Idle: s.Timeouts.Idle, Drain: s.Timeouts.Drain,
 		},
 		Limits: proxy.Limits{
-			Tunnels: s.Limits.Tunnels, TunnelsPerSource: s.Limits.TunnelsPerSource,
-			ClientHelloBytes: s.Limits.ClientHelloBytes, HeaderBytes: s.Limits.HeaderBytes,
+			Tunnels: s.Limits.Tunnels, TunnelsPerSource: s.Limits.TunnelsPerSource, TunnelsPerGroup: s.Limits.TunnelsPerGroup,
+			ConnectionsPerSource: s.Limits.ConnectionsPerSource, ConnectionsPerSecond: s.Limits.ConnectionsPerSecond, ConnectionsBurst: s.Limits.ConnectionsBurst,
+			ClientHelloBytes: s.Limits.ClientHelloBytes, HeaderBytes: s.Limits.HeaderBytes, URLBytes: s.Limits.URLBytes,
 		},
+		ProxyProtocol: proxy.ProxyProtocol{Trusted: s.ProxyProtocol.Trusted},
 	}
 }
 

@@ -184,9 +184,6 @@ func (s *Settings) check(at func(path string) policy.Pos) (mistakes policy.Error
 	wrong := func(path, format string, args ...any) {
 		mistakes = append(mistakes, &policy.Error{Pos: at(path), Path: path, Err: fmt.Errorf(format, args...)})
 	}
-	if len(s.Proxy.ProxyProtocol.Trusted) > 0 {
-		wrong("proxy.proxy_protocol.trusted", "PROXY protocol is not in this version; write []")
-	}
 	if len(s.Proxy.Listen)+len(s.DNS.Listen) == 0 {
 		wrong("proxy.listen", "neither proxy.listen nor dns.listen has an address, so nothing would run; write one")
 	}

@@ -183,13 +183,13 @@ func TestPrecedence(t *testing.T) {
 // Every setting must be within reach of the environment and of --set.
 func TestEveryKeyEverywhere(t *testing.T) {
 	values := map[string]string{
-		"node": "gate-2", "proxy.listen": ":1", "proxy.help_url": "mailto:net@corp.example", "proxy.proxy_protocol.trusted": "[]",
+		"node": "gate-2", "proxy.listen": ":1", "proxy.help_url": "mailto:net@corp.example", "proxy.proxy_protocol.trusted": "10.0.0.0/8",
 		"dns.listen": ":2", "dns.upstreams": "192.0.2.1", "dns.zones": `[{"zone": "corp.example", "upstreams": ["10.0.0.53"]}]`,
 		"dns.records":    "[{name: a.example, type: TXT, value: hello}]",
 		"dns.hosts_file": "hosts", "dns.deny": "nodata", "dns.https_records": "pass", "dns.cnames": "inspect",
 		"dns.edns_size": "512", "dns.cache.min_ttl": "1s", "admin.listen": ":3", "policy.source": "p.yaml",
 		"log.format": "squid", "log.output": "stderr", "log.level": "debug",
-		"proxy.limits.client_hello_bytes": "1KiB", "proxy.limits.header_bytes": "1KiB",
+		"proxy.limits.client_hello_bytes": "1KiB", "proxy.limits.header_bytes": "1KiB", "proxy.limits.url_bytes": "1KiB",
 	}
 	def := mustLoad(t, "", LoadOptions{})
 	seen := map[string]string{}
@@ -207,7 +207,7 @@ func TestEveryKeyEverywhere(t *testing.T) {
 		if !reflect.DeepEqual(env, set) {
 			t.Errorf("%s=%s and --set %s=%s differ", f.env(), value, f.path, value)
 		}
-		if reflect.DeepEqual(env, def) && f.path != "proxy.proxy_protocol.trusted" {
+		if reflect.DeepEqual(env, def) {
 			t.Errorf("%s=%s changes nothing", f.env(), value)
 		}
 		if other, ok := seen[f.env()]; ok {

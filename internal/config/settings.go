@@ -45,7 +45,7 @@ type Proxy struct {
 
 // ProxyProtocol says which peers may send a PROXY protocol header.
 type ProxyProtocol struct {
-	Trusted []netip.Prefix `yaml:"trusted" kind:"prefix" doc:"Peers that send a PROXY protocol header. Not in this version: must be []."`
+	Trusted []netip.Prefix `yaml:"trusted" kind:"prefix" doc:"Load balancers, as prefixes. Every connection from them must begin with a PROXY protocol header, version 1 or 2, whose source is then who asks. From anyone else such a header closes the connection."`
 }
 
 // Timeouts bound each stage of a connection.
@@ -60,9 +60,15 @@ type Timeouts struct {
 // Limits bound what clients can make the proxy hold.
 type Limits struct {
 	Tunnels          int `yaml:"tunnels" kind:"count" max:"10000000" doc:"Tunnels at a time; more are answered 503. 0: no limit."`
-	TunnelsPerSource int `yaml:"tunnels_per_source" kind:"count" max:"10000000" doc:"Tunnels at a time from one client address; more are answered 429. 0: no limit."`
+	TunnelsPerSource int `yaml:"tunnels_per_source" kind:"count" max:"10000000" doc:"Tunnels at a time from one client address, of IPv6 from one /64; more are answered 429. 0: no limit."`
 	ClientHelloBytes int `yaml:"client_hello_bytes" kind:"size" min:"1KiB" max:"1MiB" doc:"Longest TLS ClientHello, in bytes; a longer one is refused as hello_too_large."`
 	HeaderBytes      int `yaml:"header_bytes" kind:"size" min:"1KiB" max:"1MiB" doc:"Longest request header, in bytes; a longer one is answered 431."`
+
+	TunnelsPerGroup      int `yaml:"tunnels_per_group" kind:"count" max:"10000000" doc:"Tunnels at a time from all clients of one group; more are answered 503. 0: no limit."`
+	ConnectionsPerSource int `yaml:"connections_per_source" kind:"count" max:"10000000" doc:"Connections at a time from one client address, of IPv6 from one /64, that are no tunnels: without a request yet, or with plain HTTP; more are answered 429. 0: no limit."`
+	ConnectionsPerSecond int `yaml:"connections_per_second" kind:"count" max:"1000000" doc:"New connections a second from one client address, of IPv6 from one /64, in the long run; more are answered 429. 0: no limit."`
+	ConnectionsBurst     int `yaml:"connections_burst" kind:"count" max:"1000000" doc:"New connections from one client address at once, after a pause. 0: as many as connections_per_second."`
+	URLBytes             int `yaml:"url_bytes" kind:"size" min:"256" max:"1MiB" doc:"Longest request target (URL), in bytes; a longer one is answered 414."`
 }
 
 // DNS holds the settings of the resolver.

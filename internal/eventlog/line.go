@@ -24,6 +24,7 @@ const (
 	maxGroup  = 256
 	maxRule   = 256
 	maxPolicy = 128
+	maxVPC    = 256
 	maxMethod = 64
 	maxName   = 1024
 	maxSNI    = 1024
@@ -86,6 +87,7 @@ func (w *Writer) observeJSON(ev *event.Event) {
 		address(e, "src", ev.Source.Addr())
 		e.Uint16("src_port", ev.Source.Port())
 	}
+	text(e, "vpc_endpoint", ev.VPCEndpoint, maxVPC)
 	if d.Group != "" {
 		text(e, "group", d.Group, maxGroup)
 		e.Str("mode", d.Mode.String())

@@ -52,13 +52,13 @@ func lines(t testing.TB, format Format, evs ...*event.Event) string {
 }
 
 func TestJSON(t *testing.T) {
-	refused := &event.Event{Time: when, Kind: event.HTTP, ID: "2", Source: netip.MustParseAddrPort("[2001:db8::5]:9"), Listener: "proxy", Method: "GET", Name: "evil.example", Port: 80, Decision: denied, Status: 403}
+	refused := &event.Event{Time: when, Kind: event.HTTP, ID: "2", Source: netip.MustParseAddrPort("[2001:db8::5]:9"), VPCEndpoint: "vpce-08d2", Listener: "proxy", Method: "GET", Name: "evil.example", Port: 80, Decision: denied, Status: 403}
 	query := &event.Event{Time: when, Kind: event.DNS, ID: "3", Source: client, Listener: "dns", Name: "api.github.com", Decision: passed, QType: "A", RCode: "NOERROR", Answers: []string{"203.0.113.7", "x.example"}, Duration: time.Millisecond}
 	unknown := &event.Event{Time: when, Kind: event.Connect, ID: "4", Source: client, Listener: "proxy", Method: "CONNECT", Name: "a.example", Port: 22, Decision: policy.Decision{Reason: policy.ReasonUnmatchedSource, Revision: "r1"}, TLSVersion: 0x7f1c, ECH: true, Error: "dial tcp: refused"}
 	reload := &event.Event{Time: when, Kind: event.Config, Name: "policy", Decision: policy.Decision{Revision: "r2"}}
 	failed := &event.Event{Time: when, Kind: event.Config, Name: "policy", Decision: policy.Decision{Revision: "r2"}, Error: "policy.yaml:1:1: bad\npolicy.yaml:2:1: worse"}
 	want := `{"time":"2026-03-04T04:06:07.089Z","event":"connect","id":"8f3a","node":"gate-1","src":"10.20.1.5","src_port":50123,"group":"ci","mode":"enforce","listener":"proxy","method":"CONNECT","name":"api.github.com","port":443,"sni":"api.github.com","alpn":["h2","http/1.1"],"ech":false,"tls_version":"1.3","ja4":"t13d1516h2_8daaf6152771_e5627efa2ab1","verdict":"allow","reason":"matched","rule":"github","policy":"r1","dst":"203.0.113.7","status":200,"bytes_up":1234,"bytes_down":56789,"duration_ms":1234.567,"dns_ms":1.5,"connect_ms":20,"user":"alice","user_agent":"curl/8.14.1"}
-{"time":"2026-03-04T04:06:07.089Z","event":"http","id":"2","node":"gate-1","src":"2001:db8::5","src_port":9,"group":"ci","mode":"enforce","listener":"proxy","method":"GET","name":"evil.example","port":80,"verdict":"deny","reason":"not_listed","policy":"r1","status":403,"bytes_up":0,"bytes_down":0,"duration_ms":0}
+{"time":"2026-03-04T04:06:07.089Z","event":"http","id":"2","node":"gate-1","src":"2001:db8::5","src_port":9,"vpc_endpoint":"vpce-08d2","group":"ci","mode":"enforce","listener":"proxy","method":"GET","name":"evil.example","port":80,"verdict":"deny","reason":"not_listed","policy":"r1","status":403,"bytes_up":0,"bytes_down":0,"duration_ms":0}
 {"time":"2026-03-04T04:06:07.089Z","event":"dns","id":"3","node":"gate-1","src":"10.20.1.5","src_port":50123,"group":"ci","mode":"enforce","listener":"dns","name":"api.github.com","verdict":"allow","reason":"matched","rule":"github","policy":"r1","qtype":"A","rcode":"NOERROR","answers":["203.0.113.7","x.example"],"duration_ms":1}
 {"time":"2026-03-04T04:06:07.089Z","event":"connect","id":"4","node":"gate-1","src":"10.20.1.5","src_port":50123,"listener":"proxy","method":"CONNECT","name":"a.example","port":22,"ech":true,"tls_version":"0x7f1c","verdict":"deny","reason":"unmatched_source","policy":"r1","bytes_up":0,"bytes_down":0,"duration_ms":0,"error":"dial tcp: refused"}
 {"time":"2026-03-04T04:06:07.089Z","event":"config","node":"gate-1","what":"policy","ok":true,"policy":"r2"}
@@ -192,7 +192,7 @@ func hostile(s string, most int) *event.Event {
 	many := slices.Repeat([]string{s}, most)
 	ev := tunnel()
 	ev.ID, ev.Listener, ev.Method, ev.Name, ev.SNI, ev.ALPN, ev.JA4 = s, s, s, s, s, many, s
-	ev.QType, ev.RCode, ev.Answers, ev.User, ev.UserAgent, ev.Error = s, s, many, s, s, s
+	ev.QType, ev.RCode, ev.Answers, ev.User, ev.UserAgent, ev.Error, ev.VPCEndpoint = s, s, many, s, s, s, s
 	ev.Decision.Rule, ev.Decision.Group, ev.Decision.Revision = s, s, s
 	return ev
 }

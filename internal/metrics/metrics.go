@@ -30,11 +30,19 @@ type ResolverStats struct {
 	Failures     uint64 // exchanges with upstreams that ended without an answer
 }
 
+// ProxyStats are the proxy's numbers.
+type ProxyStats struct {
+	Tunnels      int    // open now
+	Up, Down     int64  // bytes relayed since the start, of live connections too
+	AcceptErrors uint64 // failed accepts since the start
+	AcceptPauses uint64 // how often accepting paused since then
+}
+
 // Options say where the numbers come from that events do not tell. A nil func
 // leaves its metric out.
 type Options struct {
-	Version, Revision string     // of the program
-	Tunnels           func() int // tunnels open now
+	Version, Revision string // of the program
+	Proxy             func() ProxyStats
 	Resolver          func() ResolverStats
 	LogDropped        func() uint64 // log lines lost, since the start
 }
@@ -46,8 +54,6 @@ type Metrics struct {
 
 	current atomic.Pointer[table]
 	queries [verdicts][len(qtypes) + 1][len(rcodes) + 1]atomic.Uint64
-	up      atomic.Uint64
-	down    atomic.Uint64
 	connect prometheus.Histogram
 	reload  atomic.Pointer[reload]
 }
@@ -102,8 +108,6 @@ func (m *Metrics) Observe(ev *event.Event) {
 		m.queries[verdict(d.Verdict)][indexOf(qtypes[:], ev.QType)][indexOf(rcodes[:], ev.RCode)].Add(1)
 		return
 	}
-	m.up.Add(uint64(max(ev.BytesUp, 0)))
-	m.down.Add(uint64(max(ev.BytesDown, 0)))
 	if ev.ConnTime > 0 {
 		m.connect.Observe(ev.ConnTime.Seconds())
 	}
@@ -187,7 +191,9 @@ func (t *table) count(listener string, d *policy.Decision) {
 var (
 	decisionsDesc  = desc("decisions_total", "Connections, requests and queries decided, when they end.", "listener", "group", "verdict", "reason")
 	tunnelsDesc    = desc("tunnels", "Tunnels open now.")
-	bytesDesc      = desc("bytes_total", "Bytes relayed, counted when a connection ends; up is from client to destination.", "direction")
+	bytesDesc      = desc("bytes_total", "Bytes relayed; up is from client to destination.", "direction")
+	acceptErrDesc  = desc("accept_errors_total", "Connections that could not be accepted, such as for lack of descriptors.")
+	acceptStopDesc = desc("accept_pauses_total", "Pauses in accepting connections, after an error or to leave descriptors to others.")
 	queriesDesc    = desc("dns_queries_total", "DNS queries answered.", "verdict", "qtype", "rcode")
 	cacheDesc      = desc("dns_cache_total", "Look-ups in the resolver's cache.", "result")
 	dnsDroppedDesc = desc("dns_dropped_total", "Queries and connections dropped because too many were under way.")
@@ -210,7 +216,7 @@ type collector struct{ m *Metrics }
 
 // Describe implements prometheus.Collector.
 func (collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{decisionsDesc, tunnelsDesc, bytesDesc, queriesDesc, cacheDesc, dnsDroppedDesc, malformedDesc, failuresDesc,
+	for _, d := range []*prometheus.Desc{decisionsDesc, tunnelsDesc, bytesDesc, acceptErrDesc, acceptStopDesc, queriesDesc, cacheDesc, dnsDroppedDesc, malformedDesc, failuresDesc,
 		policyDesc, reloadDesc, reloadAtDesc, droppedDesc, buildDesc} {
 		ch <- d
 	}
@@ -228,8 +234,6 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	t := m.current.Load()
 	t.collect(counter)
 	m.collectQueries(counter)
-	counter(bytesDesc, m.up.Load(), "up")
-	counter(bytesDesc, m.down.Load(), "down")
 	if t.revision != "" {
 		gauge(policyDesc, 1, t.revision)
 	}
@@ -241,8 +245,13 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		gauge(reloadDesc, ok)
 		gauge(reloadAtDesc, float64(r.at.UnixNano())/1e9)
 	}
-	if o.Tunnels != nil {
-		gauge(tunnelsDesc, float64(o.Tunnels()))
+	if o.Proxy != nil {
+		s := o.Proxy()
+		gauge(tunnelsDesc, float64(s.Tunnels))
+		counter(bytesDesc, uint64(s.Up), "up")
+		counter(bytesDesc, uint64(s.Down), "down")
+		counter(acceptErrDesc, s.AcceptErrors)
+		counter(acceptStopDesc, s.AcceptPauses)
 	}
 	if o.Resolver != nil {
 		s := o.Resolver()

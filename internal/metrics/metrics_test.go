@@ -49,7 +49,10 @@ func query(qtype, rcode string) *event.Event {
 func TestScrape(t *testing.T) {
 	m := New(Options{
 		Version: "v1", Revision: "0123abc",
-		Tunnels: func() int { return 3 }, LogDropped: func() uint64 { return 4 },
+		Proxy: func() ProxyStats {
+			return ProxyStats{Tunnels: 3, Up: 40, Down: 800, AcceptErrors: 11, AcceptPauses: 12}
+		},
+		LogDropped: func() uint64 { return 4 },
 		Resolver: func() ResolverStats {
 			return ResolverStats{Hits: 5, Misses: 6, Stale: 7, Dropped: 8, Malformed: 9, Failures: 10}
 		},
@@ -68,20 +71,22 @@ func TestScrape(t *testing.T) {
 		`sallyport_decisions_total{group="ci",listener="proxy",reason="not_listed",verdict="observe"}`:  "1",
 		`sallyport_decisions_total{group="ci",listener="dns",reason="not_listed",verdict="deny"}`:       "2",
 		`sallyport_decisions_total{group="",listener="proxy",reason="unmatched_source",verdict="deny"}`: "1",
-		`sallyport_tunnels`:                                                                                  "3",
-		`sallyport_bytes_total{direction="up"}`:                                                              "40",
-		`sallyport_bytes_total{direction="down"}`:                                                            "800",
-		`sallyport_connect_duration_seconds_sum`:                                                             "0.08",
-		`sallyport_connect_duration_seconds_count`:                                                           "4",
-		`sallyport_dns_queries_total{qtype="A",rcode="REFUSED",verdict="deny"}`:                              "1",
-		`sallyport_dns_queries_total{qtype="other",rcode="other",verdict="deny"}`:                            "1",
-		`sallyport_dns_cache_total{result="hit"}`:                                                            "5",
-		`sallyport_dns_cache_total{result="miss"}`:                                                           "6",
-		`sallyport_dns_cache_total{result="stale"}`:                                                          "7",
-		`sallyport_policy_info{revision="r1"}`:                                                               "1",
-		`sallyport_policy_last_reload_success`:                                                               "1",
-		`sallyport_policy_last_reload_timestamp_seconds`:                                                     "1.7000000005e+09",
-		`sallyport_log_dropped_total`:                                                                        "4",
+		`sallyport_tunnels`:                                                       "3",
+		`sallyport_bytes_total{direction="up"}`:                                   "40",
+		`sallyport_bytes_total{direction="down"}`:                                 "800",
+		`sallyport_accept_errors_total`:                                           "11",
+		`sallyport_accept_pauses_total`:                                           "12",
+		`sallyport_connect_duration_seconds_sum`:                                  "0.08",
+		`sallyport_connect_duration_seconds_count`:                                "4",
+		`sallyport_dns_queries_total{qtype="A",rcode="REFUSED",verdict="deny"}`:   "1",
+		`sallyport_dns_queries_total{qtype="other",rcode="other",verdict="deny"}`: "1",
+		`sallyport_dns_cache_total{result="hit"}`:                                 "5",
+		`sallyport_dns_cache_total{result="miss"}`:                                "6",
+		`sallyport_dns_cache_total{result="stale"}`:                               "7",
+		`sallyport_policy_info{revision="r1"}`:                                    "1",
+		`sallyport_policy_last_reload_success`:                                    "1",
+		`sallyport_policy_last_reload_timestamp_seconds`:                          "1.7000000005e+09",
+		`sallyport_log_dropped_total`:                                             "4",
 		fmt.Sprintf(`sallyport_build_info{goversion=%q,revision="0123abc",version="v1"}`, runtime.Version()): "1",
 	}
 	if got := scrape(t, m); !maps.Equal(got, want) {

@@ -31,12 +31,14 @@ type Event struct {
 	Time     time.Time       // when it began
 	Kind     Kind            // what it records
 	ID       string          // unique within the process's life; also X-Sallyport-Id
-	Source   netip.AddrPort  // client, IPv4 never mapped
+	Source   netip.AddrPort  // client, or who a load balancer says it is; IPv4 never mapped
 	Listener string          // proxy, dns or transparent: which door, a closed set
 	Method   string          // HTTP method
 	Name     string          // destination name or address asked for
 	Port     uint16          // destination port; 0 for DNS
 	Decision policy.Decision // the last decision taken
+
+	VPCEndpoint string // AWS VPC endpoint that the client came through, as a load balancer tells it, or ""
 
 	SNI        string   // server_name of the ClientHello
 	ALPN       []string // protocols offered (RFC 7301)

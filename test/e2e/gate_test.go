@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -54,7 +55,9 @@ type gate struct {
 	exited            chan struct{}
 	exitErr           error
 
-	mu     sync.Mutex // guards lines, stderr
+	sink   func(line map[string]any) bool // takes a line that lines need not keep; nil: none
+	hold   sync.Mutex                     // whoever has it keeps stdout from being read
+	mu     sync.Mutex                     // guards lines, stderr
 	lines  []map[string]any
 	more   chan struct{} // closed and renewed with each line
 	stderr bytes.Buffer
@@ -64,13 +67,24 @@ type gate struct {
 // The listeners take free ports, which the startup lines tell.
 func start(t *testing.T, w *world, policy string, extra ...string) *gate {
 	t.Helper()
-	g := begin(t, w, policy, extra...)
+	return startAs(t, w, []string{binary}, policy, extra...)
+}
+
+// startAs is start with a command line that the program's arguments are added to.
+func startAs(t *testing.T, w *world, program []string, policy string, extra ...string) *gate {
+	t.Helper()
+	g := beginAs(t, w, program, policy, extra...)
 	g.until("ready", func() bool { return g.ready().Ready })
 	return g
 }
 
 // begin is start without waiting until the gate is ready.
 func begin(t *testing.T, w *world, policy string, extra ...string) *gate {
+	t.Helper()
+	return beginAs(t, w, []string{binary}, policy, extra...)
+}
+
+func beginAs(t *testing.T, w *world, program []string, policy string, extra ...string) *gate {
 	t.Helper()
 	g := &gate{t: t, dir: t.TempDir(), exited: make(chan struct{}), more: make(chan struct{})}
 	g.write("policy.yaml", policy)
@@ -86,8 +100,8 @@ dns:
 admin: {listen: "127.0.0.1:0"}
 policy: {source: policy.yaml}
 `, w.dns))
-	args := append([]string{"run", "--config", g.path("sallyport.yaml")}, extra...)
-	g.cmd = exec.Command(binary, args...)
+	args := slices.Concat(program[1:], []string{"run", "--config", g.path("sallyport.yaml")}, extra)
+	g.cmd = exec.Command(program[0], args...)
 	stdout, err := g.cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -144,6 +158,8 @@ func (g *gate) readEvents(r io.Reader) {
 	sc := bufio.NewScanner(r)
 	sc.Buffer(nil, 1<<20)
 	for sc.Scan() {
+		g.hold.Lock()
+		g.hold.Unlock() //nolint:staticcheck // a gate to wait at
 		var line map[string]any
 		if err := json.Unmarshal(sc.Bytes(), &line); err != nil {
 			g.t.Errorf("a line of stdout is not JSON: %v\n%q", err, sc.Text())
@@ -153,6 +169,10 @@ func (g *gate) readEvents(r io.Reader) {
 			g.t.Errorf("a line of %d bytes", len(sc.Bytes()))
 		}
 		g.mu.Lock()
+		if g.sink != nil && g.sink(line) {
+			g.mu.Unlock()
+			continue
+		}
 		g.lines = append(g.lines, line)
 		close(g.more)
 		g.more = make(chan struct{})

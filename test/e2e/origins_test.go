@@ -11,6 +11,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"io"
+	"log"
 	"math/big"
 	"net"
 	"net/http"
@@ -98,6 +99,7 @@ func listen(t *testing.T, addr string) net.Listener {
 }
 
 func serve(t *testing.T, s *http.Server, l net.Listener) {
+	s.ErrorLog = log.New(io.Discard, "", 0) // of handshakes that the gate cut
 	done := make(chan struct{})
 	go func() { defer close(done); s.Serve(l) }()
 	t.Cleanup(func() { s.Close(); <-done })

@@ -223,18 +223,6 @@ func TestCONNECT(t *testing.T) {
 			t.Errorf("%q, %v", got, err)
 		}
 	})
-	t.Run("own listeners", func(t *testing.T) {
-		// The admin port is out of reach even where a rule would allow it.
-		host, port, err := net.SplitHostPort(g.admin)
-		if err != nil {
-			t.Fatal(err)
-		}
-		g.reload(policyText(w, fmt.Sprintf("      - {addresses: [%s/32], ports: [%s], protocol: tcp}", host, port)))
-		m := g.mark()
-		out, _ := g.curl(ciSource, "-i", "-p", "http://"+g.admin+"/metrics")
-		wants(t, "curl -i", out, "403 Forbidden by egress policy", "X-Sallyport-Reason: loop", "error=proxy_loop_detected")
-		g.line(m, map[string]any{"event": "connect", "verdict": "deny", "reason": "loop"})
-	})
 	t.Run("observe", func(t *testing.T) {
 		m := g.mark()
 		// The address check holds even there: these names live on loopback.

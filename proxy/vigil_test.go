@@ -13,9 +13,9 @@ import (
 	"sallyport/policy/event"
 )
 
-// TestLookout has a client in a group that observes be silent at first. What it
+// TestVigil has a client in a group that observes be silent at first. What it
 // says then is looked at all the same.
-func TestLookout(t *testing.T) {
+func TestVigil(t *testing.T) {
 	const banner = "SSH-2.0-origin\r\n"
 	quick := func(c *Config) { c.Timeouts.ClientHello = 300 * time.Millisecond }
 	for _, tt := range []struct {
@@ -85,8 +85,8 @@ func TestLookout(t *testing.T) {
 	}
 }
 
-// TestLookoutHTTP has the silent client speak HTTP in the end.
-func TestLookoutHTTP(t *testing.T) {
+// TestVigilHTTP has the silent client speak HTTP in the end.
+func TestVigilHTTP(t *testing.T) {
 	o := listen(t, "127.0.0.1:0")
 	g := start(t, observe(o.port()), func(c *Config) { c.Timeouts.ClientHello = 300 * time.Millisecond })
 	g.resolver.set("api.ok.test", "127.0.0.1")
@@ -108,8 +108,8 @@ func TestLookoutHTTP(t *testing.T) {
 	}
 }
 
-// TestLookoutEnds ends lookouts in the ways in which tunnels end.
-func TestLookoutEnds(t *testing.T) {
+// TestVigilEnds ends vigils in the ways in which tunnels end.
+func TestVigilEnds(t *testing.T) {
 	for _, how := range []string{"idle", "revoked", "client gone"} {
 		t.Run(how, func(t *testing.T) {
 			o := listen(t, "127.0.0.1:0")

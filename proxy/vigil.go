@@ -15,11 +15,11 @@ import (
 // ClientHello needs it.
 const firstRoom = 512
 
-// A lookout stands in for the relay of a tunnel that passes because its group
+// A vigil stands in for the relay of a tunnel that passes because its group
 // observes, as long as the client has said nothing. What the far side says goes to
 // the client meanwhile. What the client says first, however late, is looked at like
 // any other beginning, for guardrails hold there too.
-type lookout struct {
+type vigil struct {
 	c     connect // as it was after the silence
 	asked policy.Decision
 	t     *tunnel      // stands for the connection in the registry meanwhile
@@ -28,19 +28,19 @@ type lookout struct {
 	done  chan struct{} // closed when speak has ended
 }
 
-// lookOut starts a lookout in a goroutine of its own. asked is the decision before
+// keepVigil starts a vigil in a goroutine of its own. asked is the decision before
 // the silence. It takes over upstream.
-func (c *connect) lookOut(upstream net.Conn, asked policy.Decision) {
+func (c *connect) keepVigil(upstream net.Conn, asked policy.Decision) {
 	t := c.newTunnel()
 	t.upstream = upstream
-	l := &lookout{c: *c, asked: asked, t: t, start: time.Now(), done: make(chan struct{})}
+	l := &vigil{c: *c, asked: asked, t: t, start: time.Now(), done: make(chan struct{})}
 	l.c.early = nil // its spare capacity is somebody else's
 	c.s.wg.Add(1)
 	c.s.register(t, c.generation)
 	go l.run()
 }
 
-func (l *lookout) run() {
+func (l *vigil) run() {
 	c, t := &l.c, l.t
 	defer c.s.wg.Done()
 	defer c.s.recovered(c.client)
@@ -60,7 +60,7 @@ func (l *lookout) run() {
 	}
 	// From here on it is like any other CONNECT whose first bytes are known.
 	c.s.tunnels.detach(t)
-	c.reserved, c.said = true, t.down.Load()
+	c.place, c.said = t.place, t.down.Load()
 	defer c.release()
 	switch {
 	case r != nil:
@@ -74,7 +74,7 @@ func (l *lookout) run() {
 	}
 }
 
-// problemOf says for operators why a lookout ended.
+// problemOf says for operators why a vigil ended.
 func problemOf(err error) string {
 	switch {
 	case err == nil, errors.Is(err, net.ErrClosed):
@@ -87,7 +87,7 @@ func problemOf(err error) string {
 
 // await waits for the first bytes of the client. timeouts.idle passes only while the
 // far side is silent too.
-func (l *lookout) await() ([]byte, error) {
+func (l *vigil) await() ([]byte, error) {
 	buf := make([]byte, firstRoom)
 	for {
 		l.c.client.SetReadDeadline(l.start.Add(time.Duration(l.last.Load()) + l.c.s.cfg.Timeouts.Idle))
@@ -103,7 +103,7 @@ func (l *lookout) await() ([]byte, error) {
 }
 
 // look decides on the client's first bytes.
-func (l *lookout) look(b []byte) ([]byte, *refusal) {
+func (l *vigil) look(b []byte) ([]byte, *refusal) {
 	c := &l.c
 	c.early, c.decision, c.request.Protocol = b, l.asked, policy.ProtocolUnknown
 	first, r := c.inspect()
@@ -115,7 +115,7 @@ func (l *lookout) look(b []byte) ([]byte, *refusal) {
 }
 
 // speak passes on what the far side says, until the relay takes over.
-func (l *lookout) speak() {
+func (l *vigil) speak() {
 	defer close(l.done)
 	c, t := &l.c, l.t
 	buf := buffers.Get().(*[minBuffer]byte)
