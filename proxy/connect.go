@@ -41,6 +41,7 @@ type connect struct {
 	generation uint64 // of the policy that decision is from, or an older one
 	place      *place // among the tunnels, or nil
 	answered   bool   // the 200 was sent
+	said       int64  // bytes that the client got from the far side before the relay
 }
 
 // serveConnect serves the CONNECT with head h, which arrived at start. It returns
@@ -54,7 +55,7 @@ func (s *Server) serveConnect(client net.Conn, source asker, start time.Time, h 
 	c.ev.UserAgent = clip(string(h.userAgent))
 	c.request = policy.Request{Source: source.Addr(), Time: start}
 
-	upstream, r := c.open(string(h.target), string(h.host))
+	upstream, r := c.open(h)
 	if r != nil {
 		c.refuse(r)
 		return
@@ -70,7 +71,8 @@ func (s *Server) serveConnect(client net.Conn, source asker, start time.Time, h 
 }
 
 // open does everything up to the 200: it decides, and connects to the far side.
-func (c *connect) open(target, host string) (net.Conn, *refusal) {
+func (c *connect) open(h *head) (net.Conn, *refusal) {
+	target := string(h.target)
 	name, addr, port, err := policy.ParseAuthority(target)
 	if err != nil {
 		c.ev.Name = shown(target)
@@ -78,11 +80,14 @@ func (c *connect) open(target, host string) (net.Conn, *refusal) {
 	}
 	c.request.Name, c.request.Address, c.request.Port = name, addr.Unmap(), port
 	c.ev.Name, c.ev.Port = destination(name, c.request.Address), port
-	if err := hostMismatch(host, target); err != nil {
+	if err := hostMismatch(string(h.host), target); err != nil {
 		c.ev.Error = err.Error()
 	}
 	if c.decide(); !c.decision.Passes() {
 		return nil, denied(c.decision)
+	}
+	if h.looped {
+		return nil, loopedBack(c.decision)
 	}
 	if c.s.draining.Load() {
 		return nil, limited(c.decision, http.StatusServiceUnavailable, errDraining)
@@ -91,7 +96,7 @@ func (c *connect) open(target, host string) (net.Conn, *refusal) {
 	if c.place, r = c.s.tunnels.reserve(c.request.Source, c.decision); r != nil {
 		return nil, r
 	}
-	conn, t, r := c.s.reach(c.s.life, c.request, c.decision)
+	conn, t, r := c.s.reach(c.s.life, c.request, c.decision, string(h.via))
 	c.ev.DNSTime, c.ev.ConnTime, c.ev.Parent = t.dnsTime, t.connTime, t.parent
 	if r != nil {
 		return nil, r
@@ -119,6 +124,8 @@ func (c *connect) serve(upstream net.Conn) {
 	case r != nil:
 		upstream.Close()
 		c.refuse(r)
+	case first.silent:
+		c.keepVigil(upstream, first.asked)
 	case first.left:
 		upstream.Close()
 		c.gone(errLeft)
@@ -152,6 +159,7 @@ func (c *connect) newTunnel() *tunnel {
 	c.ev.Decision = c.decision
 	t := &tunnel{s: c.s, client: c.client, request: c.request, ev: c.ev, place: c.place}
 	c.place = nil
+	t.down.Store(c.said)
 	return t
 }
 
@@ -159,6 +167,9 @@ func (c *connect) newTunnel() *tunnel {
 type firstBytes struct {
 	bytes []byte
 	left  bool // it closed without having said anything
+
+	silent bool            // it is let through although it has said nothing so far
+	asked  policy.Decision // if silent: the one before the silence
 }
 
 var errOtherRecord = errors.New("a TLS record that is no handshake comes first")
@@ -287,7 +298,7 @@ func (c *connect) sawNothing(err error) (firstBytes, *refusal) {
 	r := c.saw(policy.ProtocolTCP)
 	switch {
 	case r == nil:
-		return firstBytes{}, nil
+		return firstBytes{silent: isTimeout(err) && c.decision.Verdict == policy.Observe, asked: asked}, nil
 	case isTimeout(err):
 		return firstBytes{}, &refusal{decision: c.decision.Refuse(policy.ReasonHelloTimeout), err: err}
 	}

@@ -21,11 +21,15 @@
 // connection later is taken back from net/http by Hijack, with the bytes that
 // were buffered, and goes the way above.
 //
-// net/http serves a connection from its first head that is not CONNECT. That head
-// was read strictly; heads that follow on the same connection are read by
-// net/http, which is more lenient (bare LF, obs-fold, both lengths), but
-// everything it accepts is written anew to the far side in one unambiguous form.
-// Interim (1xx) responses of the far side are not passed on.
+// net/http serves a connection from its first head that is not CONNECT, but reads
+// through a framing (framing.go): one strict parser sees every head, and the framing
+// follows every body to its end. net/http gets one message at a time, and the head
+// of each as a whole once it is in order, so that it cannot see a request where we
+// see none. Responses go the same way in the other direction (response.go).
+// Everything is written anew to the far side in one unambiguous form.
+//
+// A new policy visits what outlives a decision: tunnels (tunnel.go) and the exchanges
+// under way on connections of net/http (revoke.go).
 //
 // # What is not protected against
 //

@@ -2,12 +2,9 @@ package proxy
 
 import (
 	"bytes"
-	"errors"
 	"net"
 	"net/http"
 	"net/netip"
-	"strconv"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -89,8 +86,8 @@ func (s *Server) front(p *pending, buf []byte) {
 		counted := p.counted
 		p.counted = netip.Addr{} // it is c's from now on
 		s.serveByHTTP(&clientConn{
-			idleConn: idleConn{Conn: p.conn, idle: s.cfg.Timeouts.Idle + idleGrace},
-			s:        s, source: source, counted: counted, replay: bytes.Clone(raw),
+			idleConn: idleConn{Conn: p.conn, idle: s.clientIdle()},
+			s:        s, source: source, counted: counted, in: requests(s, raw),
 		})
 	}
 }
@@ -129,6 +126,7 @@ func (s *Server) refuseHead(conn net.Conn, source asker, start time.Time, h *hea
 func (s *Server) serveByHTTP(c *clientConn) {
 	c.Conn.SetReadDeadline(time.Time{})
 	s.wg.Add(1)
+	s.clients.add(c)
 	if c.session == nil {
 		s.httpConns.Add(1)
 	}
@@ -152,6 +150,7 @@ func (s *Server) connState(conn net.Conn, state http.ConnState) {
 	case http.StateIdle: // until a handler is called for the next request
 		c.serving = false
 	case http.StateClosed, http.StateHijacked:
+		s.clients.remove(c)
 		if c.session == nil {
 			s.httpConns.Add(-1)
 		} else if state == http.StateClosed {
@@ -163,17 +162,16 @@ func (s *Server) connState(conn net.Conn, state http.ConnState) {
 	}
 }
 
-// unreadable returns the answer to a request that net/http cannot parse, in place
-// of net/http's own, and emits the event.
-func (s *Server) unreadable(c *clientConn, theirs []byte) []byte {
+// requests returns the reading side of a connection of which raw was read before.
+func requests(s *Server, raw []byte) framed {
+	return framed{framing: framing{limit: s.cfg.Limits.HeaderBytes}, held: bytes.Clone(raw)}
+}
+
+// unreadable returns the answer to a request that cannot be read because of err,
+// and emits the event.
+func (s *Server) unreadable(c *clientConn, err error) []byte {
 	ev := s.newEvent(event.HTTP, c.source, time.Now())
-	line, _, _ := strings.Cut(string(theirs), "\r\n")
-	r := badRequest(policy.Decision{}, errors.New(line))
-	if f := strings.Fields(line); len(f) > 1 {
-		if status, err := strconv.Atoi(f[1]); err == nil && status >= 400 {
-			r.status = status
-		}
-	}
+	r := badRequest(policy.Decision{}, err)
 	if c.session != nil {
 		r.decision = c.session.tunnel.ev.Decision.Refuse(policy.ReasonBadRequest)
 		ev.Name, ev.Port = c.session.tunnel.ev.Name, c.session.tunnel.ev.Port
@@ -188,7 +186,7 @@ func (s *Server) unreadable(c *clientConn, theirs []byte) []byte {
 func (s *Server) takeBack(c *clientConn, w http.ResponseWriter, r *http.Request) {
 	h := &head{
 		method: []byte(r.Method), target: []byte(r.RequestURI), userAgent: []byte(r.UserAgent()),
-		json: wantsJSON(r.Header.Get("Accept")),
+		json: wantsJSON(r.Header.Get("Accept")), looped: hasLooped(r.Header),
 	}
 	start := time.Now()
 	s.wg.Add(1)

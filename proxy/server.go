@@ -127,6 +127,7 @@ type Server struct {
 	handOff *handOff
 	pools   pools
 	tunnels tunnels
+	clients clients
 
 	rates       *rates       // of new connections; nil: no limit
 	crowd       crowd        // connections that are no tunnels
@@ -167,6 +168,7 @@ func New(cfg Config) *Server {
 		stopped:  make(chan struct{}),
 		pending:  make(map[*pending]struct{}),
 		tunnels:  tunnels{limits: cfg.Limits, bySource: make(map[netip.Addr]int), byGroup: make(map[string]int), live: make(map[*tunnel]struct{})},
+		clients:  clients{live: make(map[*clientConn]struct{})},
 		idPrefix: newPrefix(),
 
 		rates:       newRates(cfg.Limits.ConnectionsPerSecond, cfg.Limits.ConnectionsBurst),
@@ -318,14 +320,15 @@ func (s *Server) register(t *tunnel, generation uint64) {
 	}
 }
 
-// Recheck decides every live tunnel again, and closes those that no longer pass
-// and upstream connections that are idle. Call it after every change of policy.
-// Requests under way are finished; the next one on the same connection is decided
-// anew.
+// Recheck decides every live tunnel and every request under way again, and closes
+// those that no longer pass and upstream connections that are idle. Call it after
+// every change of policy.
 func (s *Server) Recheck() {
 	s.generation.Add(1)
 	s.tunnels.each((*tunnel).recheck) // all before the first is cut: one may carry another
+	s.clients.each((*liveExchange).recheck)
 	s.tunnels.each((*tunnel).cutRevoked)
+	s.clients.each((*liveExchange).cutRevoked)
 	s.pools.retire()
 }
 

@@ -187,6 +187,13 @@ func (ts *tunnels) add(t *tunnel) {
 	ts.live[t] = struct{}{}
 }
 
+// detach forgets t, which another tunnel will replace. Place and bytes are its.
+func (ts *tunnels) detach(t *tunnel) {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	delete(ts.live, t)
+}
+
 // remove forgets t, gives its place back and keeps the sum of its bytes.
 func (ts *tunnels) remove(t *tunnel) {
 	ts.mu.Lock()
