@@ -1,0 +1,312 @@
+// Package wire reads plain DNS queries, and builds and patches the answers to them,
+// in the form they have on the wire (RFC 1035, section 4): no allocation, no copy but
+// of the name asked for. A query that is anything but plain is left to those who
+// unpack messages.
+package wire
+
+import "encoding/binary"
+
+const (
+	headerSize = 12
+	maxName    = 255 // bytes on the wire (RFC 1035, section 2.3.4)
+	maxLabel   = 63
+	typeOPT    = 41
+	classIN    = 1
+	edeOption  = 15 // RFC 8914, section 2
+)
+
+// Sizes of what an answer may carry beside its records.
+const (
+	OPTSize    = 11 // an OPT record without options
+	edeOverOPT = 6  // code and length of the option, and the info code
+)
+
+// Bits of the third and fourth byte of a message.
+const (
+	bitQR     = 0x80
+	bitTC     = 0x02
+	bitRD     = 0x01
+	bitRA     = 0x80
+	bitAD     = 0x20
+	bitCD     = 0x10
+	notQuery  = 0xF8 // QR and the opcode
+	maskRcode = 0x0F
+)
+
+// Question is where the question begins in every message with a header.
+const Question = headerSize
+
+// A Query is one plain question: opcode QUERY, one name without compression, class
+// IN, and nothing beside it but an OPT record of EDNS version 0 without options.
+type Query struct {
+	Type    uint16 // QTYPE, never 0
+	EDNS    bool   // there is an OPT record (RFC 6891)
+	UDPSize uint16 // what the requestor takes, as it says; 0 without EDNS
+	DO      bool   // DNSSEC OK (RFC 3225)
+	CD      bool   // Checking Disabled (RFC 4035)
+	AD      bool   // Authentic Data is asked for (RFC 6840, section 5.7)
+
+	packet []byte
+	name   [maxName + keyTail]byte
+	size   int // of the name
+}
+
+// Parse reads packet, which q borrows until the next Parse, and reports whether it
+// holds a plain query. Otherwise q is undefined. Bits that mean nothing in a query
+// (AA, TC, RA, Z, RCODE) are ignored, as are EDNS flags other than DO.
+func (q *Query) Parse(packet []byte) bool {
+	if len(packet) < headerSize+5 || packet[2]&notQuery != 0 ||
+		binary.BigEndian.Uint32(packet[4:]) != 1<<16 || binary.BigEndian.Uint16(packet[8:]) != 0 || packet[10] != 0 || packet[11] > 1 {
+		return false
+	}
+	end := q.readName(packet[headerSize:])
+	if end == 0 || headerSize+end+4 > len(packet) {
+		return false
+	}
+	rest := packet[headerSize+end:]
+	q.Type = binary.BigEndian.Uint16(rest)
+	if q.Type == 0 || binary.BigEndian.Uint16(rest[2:]) != classIN {
+		return false
+	}
+	q.packet, q.size = packet, end
+	q.CD, q.AD = packet[3]&bitCD != 0, packet[3]&bitAD != 0
+	q.EDNS, q.UDPSize, q.DO = false, 0, false
+	if rest = rest[4:]; packet[11] == 1 {
+		return len(rest) == OPTSize && q.readOPT(rest)
+	}
+	return len(rest) == 0
+}
+
+// readName copies the name at the beginning of p in lower case and returns its
+// size, 0 if it is none. Bytes of labels are at most 63, so none is taken for a letter.
+func (q *Query) readName(p []byte) int {
+	if len(p) > maxName {
+		p = p[:maxName]
+	}
+	for i := 0; i < len(p); {
+		n := int(p[i])
+		if n == 0 {
+			lower(q.name[:i+1], p)
+			return i + 1
+		}
+		if n > maxLabel {
+			return 0
+		}
+		i += n + 1
+	}
+	return 0
+}
+
+// lower fills dst with the first bytes of src, ASCII letters in lower case. It takes
+// eight bytes at a time.
+func lower(dst, src []byte) {
+	const ones = 0x0101010101010101
+	i := 0
+	for ; i+8 <= len(dst); i += 8 {
+		w := binary.LittleEndian.Uint64(src[i:])
+		low := w &^ (ones * 0x80)
+		upper := (low + ones*(0x80-'A')) &^ (low + ones*(0x80-'Z'-1)) &^ w & (ones * 0x80)
+		binary.LittleEndian.PutUint64(dst[i:], w|upper>>2)
+	}
+	for ; i < len(dst); i++ {
+		c := src[i]
+		if c-'A' < 26 {
+			c |= 0x20
+		}
+		dst[i] = c
+	}
+}
+
+// readOPT reads the OPT record that is p.
+func (q *Query) readOPT(p []byte) bool {
+	if p[0] != 0 || binary.BigEndian.Uint16(p[1:]) != typeOPT || p[6] != 0 || p[9] != 0 || p[10] != 0 {
+		return false // another record, a version other than 0, or options
+	}
+	q.EDNS, q.UDPSize, q.DO = true, binary.BigEndian.Uint16(p[3:]), p[7]&0x80 != 0
+	return true
+}
+
+// Name returns the name asked for in lower case, labels with their lengths and the
+// root at the end. It is valid until the next Parse.
+func (q *Query) Name() []byte { return q.name[:q.size:q.size] }
+
+// keyTail is what Key has beyond the name.
+const keyTail = 3
+
+// Key returns the name in lower case with the type and the bits that make it another
+// question to upstreams, as [AppendKey] does. It is valid until the next Parse.
+func (q *Query) Key() []byte { return AppendKey(q.name[:q.size], q.Type, q.DO, q.CD) }
+
+// AppendKey appends to a name on the wire what makes it a key: the type, DO and CD.
+func AppendKey(name []byte, qtype uint16, do, cd bool) []byte {
+	var bits byte
+	if do {
+		bits |= 1
+	}
+	if cd {
+		bits |= 2
+	}
+	return append(name, byte(qtype>>8), byte(qtype), bits)
+}
+
+// AppendName appends the name that text spells, labels joined by dots without a dot
+// at the end, as it is on the wire. The text must be that of a name: labels of 1 to 63 bytes
+// without escapes, 253 bytes at most.
+func AppendName(dst []byte, text string) []byte {
+	start := len(dst)
+	dst = append(append(dst, 0), text...)
+	for i := start + 1; i < len(dst); i++ {
+		if dst[i] == '.' {
+			dst[start] = byte(i - start - 1)
+			start = i
+		}
+	}
+	dst[start] = byte(len(dst) - start - 1)
+	return append(dst, 0)
+}
+
+// AppendText appends the name asked for as the client spelt it: labels joined by
+// dots, without escapes and without a dot at the end.
+func (q *Query) AppendText(dst []byte) []byte {
+	return AppendText(dst, q.packet[headerSize:headerSize+q.size])
+}
+
+// AppendText appends a name on the wire as labels joined by dots, without escapes
+// and without a dot at the end.
+func AppendText(dst, name []byte) []byte {
+	for i := 0; i < len(name) && name[i] != 0; {
+		if i > 0 {
+			dst = append(dst, '.')
+		}
+		end := i + 1 + int(name[i])
+		dst = append(dst, name[i+1:end]...)
+		i = end
+	}
+	return dst
+}
+
+// AppendHeader begins a response to q: header and question, with the question as it
+// was asked, no records, RA set.
+func (q *Query) AppendHeader(dst []byte, rcode int) []byte {
+	start := len(dst)
+	dst = append(dst, q.packet[:headerSize+q.size+4]...)
+	h := dst[start:]
+	q.patch(h)
+	h[3] = h[3]&^(bitAD|maskRcode) | byte(rcode)&maskRcode
+	clear(h[6:headerSize])
+	return dst
+}
+
+// AppendAnswer begins a response to q with the whole of answer, which is a message
+// that answers q's question in whatever spelling, without OPT. The ID, RD and CD and
+// the spelling become q's; AD is set if authentic is.
+func (q *Query) AppendAnswer(dst, answer []byte, authentic bool) []byte {
+	start := len(dst)
+	dst = append(dst, answer...)
+	h := dst[start:]
+	rcode := h[3] & maskRcode
+	copy(h, q.packet[:4])
+	copy(h[headerSize:], q.packet[headerSize:headerSize+q.size])
+	q.patch(h)
+	h[3] = h[3]&^(bitAD|maskRcode) | rcode
+	if authentic {
+		h[3] |= bitAD
+	}
+	return dst
+}
+
+// patch makes the second word of the query in h that of a response.
+func (q *Query) patch(h []byte) {
+	h[2] = bitQR | h[2]&bitRD
+	h[3] = bitRA | h[3]&(bitCD|bitAD|maskRcode)
+}
+
+// Truncate cuts the message that begins at start of dst to its question and sets TC.
+func (q *Query) Truncate(dst []byte, start int) []byte {
+	dst = dst[:start+headerSize+q.size+4]
+	dst[start+2] |= bitTC
+	clear(dst[start+6 : start+headerSize])
+	return dst
+}
+
+// AppendAddress appends to the message that begins at start of dst an answer: that
+// the name asked for has the address addr, 4 or 16 bytes, for ttl seconds.
+func (q *Query) AppendAddress(dst []byte, start int, addr []byte, ttl uint32) []byte {
+	dst[start+7]++
+	dst = append(dst, 0xC0, headerSize, byte(q.Type>>8), byte(q.Type), 0, classIN)
+	dst = binary.BigEndian.AppendUint32(dst, ttl)
+	return append(append(dst, 0, byte(len(addr))), addr...)
+}
+
+// AppendOPT ends the message that begins at start of dst with an OPT record that
+// offers size bytes; with an Extended DNS Error (RFC 8914) if ede is not 0, of up to
+// 200 bytes of text.
+func (q *Query) AppendOPT(dst []byte, start int, size, ede uint16, text string) []byte {
+	dst[start+11]++
+	var flags, length byte
+	if q.DO {
+		flags = 0x80
+	}
+	if ede != 0 {
+		length = byte(edeOverOPT + len(text))
+	}
+	dst = append(dst, 0, 0, typeOPT, byte(size>>8), byte(size), 0, 0, flags, 0, 0, length)
+	if ede != 0 {
+		dst = append(dst, 0, edeOption, 0, length-4, byte(ede>>8), byte(ede))
+		dst = append(dst, text...)
+	}
+	return dst
+}
+
+// TTLs returns where the TTLs of all records of a message without OPT are, false if
+// it is none, has another number of questions than one, or records beyond 64 KiB.
+func TTLs(message []byte) (offsets []uint16, ok bool) {
+	if len(message) < headerSize || len(message) > 1<<16-1 || binary.BigEndian.Uint16(message[4:]) != 1 {
+		return nil, false
+	}
+	records := 0
+	for _, at := range []int{6, 8, 10} {
+		records += int(binary.BigEndian.Uint16(message[at:]))
+	}
+	at := skipName(message, headerSize)
+	if at == 0 || at+4 > len(message) {
+		return nil, false
+	}
+	at += 4
+	for range records { // each takes at least 11 bytes, or the loop ends
+		if at = skipName(message, at); at == 0 || at+10 > len(message) {
+			return nil, false
+		}
+		offsets = append(offsets, uint16(at+4))
+		at += 10 + int(binary.BigEndian.Uint16(message[at+8:]))
+	}
+	return offsets, at == len(message)
+}
+
+// skipName returns where the name at the offset at ends, 0 if it does not.
+func skipName(message []byte, at int) int {
+	for at < len(message) {
+		switch n := int(message[at]); {
+		case n == 0:
+			return at + 1
+		case n >= 0xC0:
+			return at + 2
+		case n > maxLabel:
+			return 0
+		default:
+			at += n + 1
+		}
+	}
+	return 0
+}
+
+// Age lets age seconds pass for the records whose TTLs are at offsets of message.
+func Age(message []byte, offsets []uint16, age uint32) {
+	if age == 0 {
+		return
+	}
+	for _, at := range offsets {
+		ttl := binary.BigEndian.Uint32(message[at:])
+		binary.BigEndian.PutUint32(message[at:], ttl-min(age, ttl))
+	}
+}
