@@ -8,6 +8,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/miekg/dns"
@@ -64,7 +65,7 @@ func (rep *reply) extend(more *reply) {
 	}
 }
 
-// An entry is what upstreams said about a key. It never changes.
+// An entry is what upstreams said about a key. It never changes, but for packed.
 type entry struct {
 	wire    []byte // as a message, with TTLs within the cache's bounds
 	stored  time.Time
@@ -72,6 +73,8 @@ type entry struct {
 	next    policy.Name // as in reply
 	ede     uint16      // as in reply
 	err     error       // the upstreams failed
+
+	packed atomic.Pointer[packed] // made when the entry is first asked for again
 }
 
 // newEntry returns what is kept of m, the upstreams' answer to k.
@@ -149,7 +152,7 @@ func (e *entry) reply(now time.Time, stale bool) *reply {
 		rep.stale()
 		return rep
 	}
-	age := uint32(max(now.Sub(e.stored), 0) / time.Second)
+	age := e.age(now)
 	eachTTL(rep.answer, rep.authority, func(ttl uint32) uint32 { return ttl - min(age, ttl) })
 	return rep
 }

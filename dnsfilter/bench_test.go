@@ -2,21 +2,17 @@ package dnsfilter
 
 import (
 	"context"
-	"net"
+	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/miekg/dns"
 )
 
-// sink is a client that takes answers and forgets them.
-type sink struct {
-	dns.ResponseWriter
-	addr net.UDPAddr
-	n    int
-}
+// sink takes answers and forgets them.
+type sink struct{ n int }
 
-func (s *sink) RemoteAddr() net.Addr        { return &s.addr }
-func (s *sink) Write(p []byte) (int, error) { s.n += len(p); return len(p), nil }
+func (s *sink) send(p []byte) error { s.n += len(p); return nil }
 
 func benchServer(b *testing.B) *Server {
 	b.Helper()
@@ -38,28 +34,48 @@ func (cannedHour) exchange(_ context.Context, q *dns.Msg) (*dns.Msg, error) {
 	return m, nil
 }
 
-func benchmarkQuery(b *testing.B, name string) {
-	s := benchServer(b)
-	w := &sink{addr: net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 4711}}
+var benchClient = netip.MustParseAddrPort("127.0.0.1:4711")
+
+func benchmarkSlow(b *testing.B, name string) {
+	s, w := benchServer(b), new(sink)
 	p, err := withEDNS(question(name, dns.TypeA)).Pack()
 	if err != nil {
 		b.Fatal(err)
 	}
 	b.ReportAllocs()
 	for b.Loop() {
-		m := new(dns.Msg)
-		if err := m.Unpack(p); err != nil {
-			b.Fatal(err)
-		}
-		s.handle(context.Background(), w, m)
+		s.serve(context.Background(), client{addr: benchClient, udp: true, back: w}, p)
 	}
 	if w.n == 0 {
 		b.Error("nothing was answered")
 	}
 }
 
-func BenchmarkCacheHit(b *testing.B) { benchmarkQuery(b, "api.ok.test.") }
-func BenchmarkRefused(b *testing.B)  { benchmarkQuery(b, "evil.test.") }
+func benchmarkFast(b *testing.B, name string) {
+	s := benchServer(b)
+	p, err := withEDNS(question(name, dns.TypeA)).Pack()
+	if err != nil {
+		b.Fatal(err)
+	}
+	c := client{addr: benchClient, udp: true, back: new(sink)}
+	s.serve(context.Background(), c, p)
+	f := fast{s: s}
+	var o outcome
+	var buf [maxEDNSSize]byte
+	now := time.Now()
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, ok := f.answer(buf[:0], p, c, now, &o); !ok {
+			b.Fatal("not answered")
+		}
+		f.observe(&o, p, now, nil)
+	}
+}
+
+func BenchmarkCacheHit(b *testing.B)     { benchmarkFast(b, "api.ok.test.") }
+func BenchmarkRefused(b *testing.B)      { benchmarkFast(b, "evil.test.") }
+func BenchmarkCacheHitSlow(b *testing.B) { benchmarkSlow(b, "api.ok.test.") }
+func BenchmarkRefusedSlow(b *testing.B)  { benchmarkSlow(b, "evil.test.") }
 
 func BenchmarkLookupNetIPHit(b *testing.B) {
 	s := benchServer(b)

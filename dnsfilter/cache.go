@@ -1,17 +1,19 @@
 package dnsfilter
 
 import (
-	"container/list"
 	"hash/maphash"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"sallyport/dnsfilter/wire"
 )
 
 const (
 	cacheShards   = 16
 	entryOverhead = 400              // bytes an entry takes beside its message and name
 	staleRetry    = 30 * time.Second // between attempts to refresh what is stale (RFC 8767, section 4)
+	keySize       = 255 + 3          // bytes of a key on the wire, at most
 )
 
 // A cache remembers entries within a bound in bytes. The least recently used go
@@ -24,91 +26,139 @@ type cache struct {
 }
 
 type shard struct {
-	mu    sync.Mutex // guards what follows
-	nodes map[key]*list.Element
-	used  *list.List // of *node, the most recently used first
+	mu    sync.Mutex       // guards what follows
+	nodes map[string]*node // by key.wire
+	used  node             // before the most recently used node, and after the least
 	bytes int64
 	limit int64
 }
 
 // A node is a cached entry with what changes about it.
 type node struct {
-	k     key
-	e     *entry
-	retry time.Time // a stale entry is not refreshed before
+	k          string
+	e          *entry
+	retry      time.Time // a stale entry is not refreshed before
+	cost       int64     // bytes
+	prev, next *node     // those used just after, and just before
 }
 
 func newCache(c Cache) *cache {
 	cc := &cache{seed: maphash.MakeSeed(), stale: c.ServeStale}
 	for i := range cc.shards {
 		s := &cc.shards[i]
-		s.nodes, s.used, s.limit = make(map[key]*list.Element), list.New(), c.Size/cacheShards
+		s.nodes, s.limit = make(map[string]*node), c.Size/cacheShards
+		s.used.prev, s.used.next = &s.used, &s.used
 	}
 	return cc
 }
 
-func (c *cache) shard(k key) *shard {
-	return &c.shards[maphash.String(c.seed, k.name.String())%cacheShards]
+func (c *cache) shard(k []byte) *shard {
+	return &c.shards[maphash.Bytes(c.seed, k)%cacheShards]
+}
+
+// appendWire appends k as the cache holds it, and as [wire.Query.Key] returns it.
+func (k key) appendWire(dst []byte) []byte {
+	return wire.AppendKey(wire.AppendName(dst, k.name.String()), k.qtype, k.do, k.cd)
 }
 
 // get returns what is known of k: an entry within its TTL, or one that may stand
 // in for a failed upstream and whether it is time to try one again. Either may be nil.
 func (c *cache) get(k key, now time.Time) (fresh, stale *entry, retry bool) {
+	var buf [keySize]byte
+	return c.find(k.appendWire(buf[:0]), now)
+}
+
+// find is get for a key on the wire, which it does not keep.
+func (c *cache) find(k []byte, now time.Time) (fresh, stale *entry, retry bool) {
 	s := c.shard(k)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	el, ok := s.nodes[k]
+	n, ok := s.nodes[string(k)]
 	if !ok {
 		return nil, nil, false
 	}
-	n := el.Value.(*node)
 	switch {
 	case now.Before(n.e.expires):
-		s.used.MoveToFront(el)
+		s.touch(n)
 		return n.e, nil, false
 	case n.e.err == nil && now.Before(n.e.expires.Add(c.stale)):
-		s.used.MoveToFront(el)
+		s.touch(n)
 		return nil, n.e, !now.Before(n.retry)
 	}
-	s.remove(el)
+	s.remove(n)
 	return nil, nil, false
 }
 
 // put remembers e. The failure of a refresh leaves in place what is stale, to be
 // refreshed again after staleRetry.
 func (c *cache) put(k key, e *entry, now time.Time) {
-	s := c.shard(k)
+	var buf [keySize]byte
+	w := k.appendWire(buf[:0])
+	s := c.shard(w)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if el, ok := s.nodes[k]; ok {
-		n := el.Value.(*node)
+	if n, ok := s.nodes[string(w)]; ok {
 		if e.err != nil && n.e.err == nil && now.Before(n.e.expires.Add(c.stale)) {
 			n.retry = now.Add(staleRetry)
 			return
 		}
-		s.remove(el)
+		s.remove(n)
 	}
-	if !now.Before(e.expires) || s.limit < cost(k, e) {
+	if !now.Before(e.expires) || s.limit < cost(w, e) {
 		return // a TTL of 0, or too large
 	}
-	s.nodes[k] = s.used.PushFront(&node{k: k, e: e})
-	s.bytes += cost(k, e)
+	n := &node{k: string(w), e: e, cost: cost(w, e)}
+	s.nodes[n.k] = n
+	s.link(n)
+	s.bytes += n.cost
+	c.shrink(s)
+}
+
+// grow counts bytes more for k, as long as e is what is remembered of it.
+func (c *cache) grow(k []byte, e *entry, bytes int64) {
+	s := c.shard(k)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if n, ok := s.nodes[string(k)]; ok && n.e == e {
+		n.cost += bytes
+		s.bytes += bytes
+		c.shrink(s)
+	}
+}
+
+// shrink forgets what was not used for longest until s is within its limit. The
+// caller holds s.mu.
+func (c *cache) shrink(s *shard) {
 	for s.bytes > s.limit {
-		s.remove(s.used.Back())
+		s.remove(s.used.prev)
 		c.evicted.Add(1)
 	}
 }
 
-// remove forgets el. The caller holds mu.
-func (s *shard) remove(el *list.Element) {
-	n := s.used.Remove(el).(*node)
+// link makes n the most recently used. The caller holds mu, as for those below.
+func (s *shard) link(n *node) {
+	n.prev, n.next = &s.used, s.used.next
+	n.prev.next, n.next.prev = n, n
+}
+
+func (s *shard) touch(n *node) {
+	if s.used.next != n {
+		n.prev.next, n.next.prev = n.next, n.prev
+		s.link(n)
+	}
+}
+
+// remove forgets n.
+func (s *shard) remove(n *node) {
+	n.prev.next, n.next.prev = n.next, n.prev
+	n.prev, n.next = nil, nil
 	delete(s.nodes, n.k)
-	s.bytes -= cost(n.k, n.e)
+	s.bytes -= n.cost
 }
 
 // cost is what an entry counts for, in bytes.
-func cost(k key, e *entry) int64 {
-	return int64(cap(e.wire)+len(k.name.String())) + entryOverhead
+func cost(k []byte, e *entry) int64 {
+	return int64(cap(e.wire)+len(k)) + entryOverhead
 }
 
 // size returns how many entries there are, and their bytes.

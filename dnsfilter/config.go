@@ -19,10 +19,17 @@ type Decider interface {
 	Decide(policy.Request) policy.Decision
 }
 
+// A Counter counts queries. CountQuery must neither block nor keep d.
+type Counter interface {
+	// CountQuery counts a query of a type, answered with rcode as d says.
+	CountQuery(d *policy.Decision, qtype uint16, rcode int)
+}
+
 // Config says how a Resolver and its Server behave. It is not changed after New.
 type Config struct {
 	Decider  Decider        // decides every query; nil refuses every query
-	Observer event.Observer // is told of every query; nil: nobody is
+	Observer event.Observer // is told of the queries that Events names; nil: nobody is
+	Counter  Counter        // is told of every query; nil: nobody is
 	Logger   zerolog.Logger // for what an operator should act on; the zero value is silent
 
 	// Listen holds the addresses of the Server as ip:port or :port, each for UDP and
@@ -51,6 +58,7 @@ type Config struct {
 	// 64 KiB are skipped.
 	HostsFile string
 
+	Events       Events       // which queries Observer is told of; "" is EventsAll
 	Deny         Denial       // how a refusal looks; "" is DenyRefused
 	HTTPSRecords HTTPSRecords // what becomes of HTTPS and SVCB answers; "" is HTTPSStripECH
 	CNAMEs       CNAMEs       // whether alias targets are decided too; "" is CNAMEsTrust
@@ -131,6 +139,9 @@ func (c Config) withDefaults() Config {
 	if c.ResolvConf == "" {
 		c.ResolvConf = "/etc/resolv.conf"
 	}
+	if c.Events == "" {
+		c.Events = EventsAll
+	}
 	if c.Deny == "" {
 		c.Deny = DenyRefused
 	}
@@ -167,6 +178,11 @@ func (c Config) check() error {
 		if _, err := parseListen(l); err != nil {
 			errs = append(errs, fmt.Errorf("dns.listen[%d]: %w", i, err))
 		}
+	}
+	switch c.Events {
+	case EventsAll, EventsDenied, EventsSample:
+	default:
+		errs = append(errs, fmt.Errorf("log.dns: %q is none of all, denied, sample", c.Events))
 	}
 	switch c.Deny {
 	case DenyRefused, DenyNXDomain, DenyNodata, DenySinkhole:

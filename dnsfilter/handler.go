@@ -2,7 +2,7 @@ package dnsfilter
 
 import (
 	"context"
-	"net"
+	"encoding/binary"
 	"net/netip"
 	"strconv"
 	"strings"
@@ -19,15 +19,25 @@ const (
 	maxAnswers = 8    // put into an Event
 	anyTTL     = 3600 // seconds; what ANY is answered never changes
 	badVersion = dns.RcodeBadVers
+	headerSize = 12 // bytes of every message (RFC 1035, section 4.1.1)
 )
 
 // A query is one question of one client.
 type query struct {
-	msg    *dns.Msg
-	q      dns.Question
-	opt    *dns.OPT // nil without EDNS
-	client netip.AddrPort
-	udp    bool
+	msg *dns.Msg
+	q   dns.Question
+	opt *dns.OPT // nil without EDNS
+	client
+}
+
+// A client is who asked, and the way back.
+type client struct {
+	addr netip.AddrPort // neither mapped nor with a zone
+	udp  bool
+	back interface {
+		// send sends an answer, which it does not keep.
+		send(answer []byte) error
+	}
 }
 
 // accept judges a packet by its header: whether it is a query that is worth unpacking.
@@ -41,35 +51,64 @@ func accept(h dns.Header) dns.MsgAcceptAction {
 	return dns.MsgAccept
 }
 
+// serve answers one packet of any kind, which it does not keep.
+func (s *Server) serve(ctx context.Context, c client, packet []byte) {
+	m := new(dns.Msg)
+	if len(packet) < headerSize || m.Unpack(packet[:headerSize]) != nil {
+		s.counts.malformed.Add(1)
+		return // whatever it is, an answer would only be of use to somebody who forges sources
+	}
+	word := func(at int) uint16 { return binary.BigEndian.Uint16(packet[at:]) }
+	rcode := dns.RcodeFormatError
+	switch accept(dns.Header{Id: word(0), Bits: word(2), Qdcount: word(4), Ancount: word(6), Nscount: word(8), Arcount: word(10)}) {
+	case dns.MsgAccept:
+		if m.Unpack(packet) == nil {
+			s.handle(ctx, c, m)
+			return
+		}
+		s.counts.malformed.Add(1)
+	case dns.MsgReject:
+		s.counts.malformed.Add(1)
+	case dns.MsgRejectNotImplemented:
+		s.counts.malformed.Add(1)
+		rcode = dns.RcodeNotImplemented
+	case dns.MsgIgnore:
+		s.counts.malformed.Add(1)
+		return
+	}
+	opcode := m.Opcode
+	m.SetRcodeFormatError(m)
+	if m.Zero = false; rcode == dns.RcodeNotImplemented {
+		m.Opcode, m.Rcode = opcode, rcode
+	}
+	m.Answer, m.Ns, m.Extra = nil, nil, nil
+	if p, err := m.Pack(); err == nil {
+		_ = c.back.send(p) // there is nobody to tell
+	}
+}
+
 // handle answers one query, and observes it.
-func (s *Server) handle(ctx context.Context, w dns.ResponseWriter, m *dns.Msg) {
-	qu := newQuery(w, m)
+func (s *Server) handle(ctx context.Context, c client, m *dns.Msg) {
+	qu := newQuery(c, m)
 	if rcode := qu.malformed(); rcode != dns.RcodeSuccess {
 		s.counts.malformed.Add(1)
-		s.write(w, qu, &reply{rcode: rcode}) // there is nobody to tell
+		_ = s.write(qu, &reply{rcode: rcode}) // there is nobody to tell
 		return
 	}
 	start := s.cfg.Now()
 	rep, d, asked := s.answer(ctx, qu, start)
-	err := s.write(w, qu, rep)
+	err := s.write(qu, rep)
 	if rep.err != nil {
 		err = rep.err
 	}
 	s.observe(qu, rep, d, start, asked, err)
 }
 
-func newQuery(w dns.ResponseWriter, m *dns.Msg) *query {
-	qu := &query{msg: m, opt: m.IsEdns0()}
+func newQuery(c client, m *dns.Msg) *query {
+	qu := &query{msg: m, opt: m.IsEdns0(), client: c}
 	if len(m.Question) == 1 {
 		qu.q = m.Question[0]
 	}
-	switch a := w.RemoteAddr().(type) {
-	case *net.UDPAddr:
-		qu.client, qu.udp = a.AddrPort(), true
-	case *net.TCPAddr:
-		qu.client = a.AddrPort()
-	}
-	qu.client = netip.AddrPortFrom(qu.client.Addr().Unmap().WithZone(""), qu.client.Port())
 	return qu
 }
 
@@ -95,7 +134,7 @@ func (qu *query) malformed() int {
 // answer decides a query and finds its answer. It also returns the last decision
 // taken, and how long others were asked.
 func (s *Server) answer(ctx context.Context, qu *query, now time.Time) (*reply, policy.Decision, time.Duration) {
-	req := policy.Request{Source: qu.client.Addr(), Protocol: policy.ProtocolDNS, QType: qu.q.Qtype, Time: now}
+	req := policy.Request{Source: qu.addr.Addr(), Protocol: policy.ProtocolDNS, QType: qu.q.Qtype, Time: now}
 	d := s.decide(&req, qu.q.Name)
 	if qu.q.Qclass != dns.ClassINET {
 		if d.Reason != policy.ReasonUnmatchedSource {
@@ -176,12 +215,12 @@ func minimalANY(name string) *reply {
 var buffers = sync.Pool{New: func() any { return new([maxEDNSSize]byte) }}
 
 // write fits rep to the query and sends it.
-func (s *Server) write(w dns.ResponseWriter, qu *query, rep *reply) error {
+func (s *Server) write(qu *query, rep *reply) error {
 	m := s.message(qu, rep)
 	buf := buffers.Get().(*[maxEDNSSize]byte)
 	defer buffers.Put(buf)
 	p, err := m.PackBuffer(buf[:])
-	if limit := s.sizeLimit(qu); err == nil && len(p) > limit {
+	if limit := qu.limit(s); err == nil && len(p) > limit {
 		// Whole or not at all: what does not fit is asked for again over TCP, and
 		// the answer to a forged source stays small.
 		m.Answer, m.Ns, m.Truncated = nil, nil, qu.udp
@@ -190,25 +229,36 @@ func (s *Server) write(w dns.ResponseWriter, qu *query, rep *reply) error {
 		}
 		p, err = m.PackBuffer(buf[:])
 	}
+	if err == nil && len(m.Question) == 1 { // spelt as asked (0x20), and so are the names that point here
+		_, err = dns.PackDomainName(qu.q.Name, p, headerSize, nil, false)
+	}
 	if err != nil {
 		return err
 	}
-	_, err = w.Write(p)
-	return err
+	return qu.back.send(p)
+}
+
+// limit returns how large the answer to qu may be, in bytes.
+func (qu *query) limit(s *Server) int {
+	if qu.opt == nil {
+		return s.sizeLimit(qu.udp, false, 0)
+	}
+	return s.sizeLimit(qu.udp, true, qu.opt.UDPSize())
 }
 
 // sizeLimit returns how large an answer may be, in bytes.
-func (s *Server) sizeLimit(qu *query) int {
+func (s *Server) sizeLimit(udp, edns bool, size uint16) int {
 	switch {
-	case !qu.udp:
+	case !udp:
 		return dns.MaxMsgSize
-	case qu.opt == nil:
+	case !edns:
 		return minUDPSize
 	}
-	return min(max(int(qu.opt.UDPSize()), minUDPSize), s.cfg.MaxUDPSize)
+	return min(max(int(size), minUDPSize), s.cfg.MaxUDPSize)
 }
 
-// message returns the response to a query that rep makes.
+// message returns the response to a query that rep makes, with the name asked for
+// in lower case wherever it stands, so that it compresses alike for everybody.
 func (s *Server) message(qu *query, rep *reply) *dns.Msg {
 	m := &dns.Msg{Compress: true, Answer: rep.answer, Ns: rep.authority}
 	m.Id, m.Response, m.RecursionAvailable = qu.msg.Id, true, true
@@ -217,11 +267,11 @@ func (s *Server) message(qu *query, rep *reply) *dns.Msg {
 	m.Authoritative = rep.local && len(rep.answer) > 0 && rep.ede == 0
 	m.AuthenticatedData = rep.ad && (qu.msg.AuthenticatedData || qu.opt != nil && qu.opt.Do())
 	if len(qu.msg.Question) == 1 && rep.rcode != dns.RcodeFormatError {
-		m.Question = qu.msg.Question
-	}
-	for _, rr := range m.Answer { // spelt as asked (0x20), which also compresses better
-		if h := rr.Header(); strings.EqualFold(h.Name, qu.q.Name) {
-			h.Name = qu.q.Name
+		m.Question = []dns.Question{{Name: strings.ToLower(qu.q.Name), Qtype: qu.q.Qtype, Qclass: qu.q.Qclass}}
+		for _, rr := range m.Answer {
+			if h := rr.Header(); strings.EqualFold(h.Name, qu.q.Name) {
+				h.Name = m.Question[0].Name
+			}
 		}
 	}
 	if qu.opt == nil { // RFC 6891, section 7
@@ -237,15 +287,17 @@ func (s *Server) message(qu *query, rep *reply) *dns.Msg {
 	return m
 }
 
-// observe tells the Observer of a query that is over.
+// observe counts a query that is over, and tells the Observer of it.
 func (s *Server) observe(qu *query, rep *reply, d policy.Decision, start time.Time, asked time.Duration, err error) {
-	if s.cfg.Observer == nil {
+	if s.cfg.Counter != nil {
+		s.cfg.Counter.CountQuery(&d, qu.q.Qtype, rep.rcode)
+	}
+	if s.cfg.Observer == nil || !s.tells(qu, rep.rcode, &d, start) {
 		return
 	}
 	ev := event.Event{
-		Time: start, Kind: event.DNS, Listener: "dns",
-		ID:     "d" + strconv.FormatUint(s.serial.Add(1), 36),
-		Source: qu.client, Name: qu.q.Name, Decision: d,
+		Time: start, Kind: event.DNS, Listener: "dns", ID: s.nextID(),
+		Source: qu.addr, Name: qu.q.Name, Decision: d,
 		QType: dns.Type(qu.q.Qtype).String(), RCode: dns.RcodeToString[rep.rcode],
 		Answers: summary(rep.answer), DNSTime: asked, Duration: s.cfg.Now().Sub(start),
 	}
@@ -257,6 +309,23 @@ func (s *Server) observe(qu *query, rep *reply, d policy.Decision, start time.Ti
 	}
 	s.cfg.Observer.Observe(&ev)
 }
+
+// tells reports whether the Observer is to be told of a query.
+func (s *Server) tells(qu *query, rcode int, d *policy.Decision, now time.Time) bool {
+	if s.cfg.Events != EventsSample || d.Verdict != policy.Allow {
+		return s.cfg.Events.tell(d)
+	}
+	name, err := policy.ParseName(qu.q.Name)
+	if err != nil {
+		return true
+	}
+	var buf [keySize]byte
+	k := key{name: name, qtype: qu.q.Qtype} // DO and CD make no other question of it
+	return s.sample.first(k.appendWire(buf[:0]), qu.addr.Addr(), rcode, now)
+}
+
+// nextID returns the ID of an Event.
+func (s *Server) nextID() string { return "d" + strconv.FormatUint(s.serial.Add(1), 36) }
 
 // summary returns the addresses and names answered, not all of them if they are many.
 func summary(answer []dns.RR) []string {

@@ -183,15 +183,7 @@ func addHosts(table map[policy.Name][]netip.Addr, line string) {
 // reply answers what asks for the addresses of a name in the file, or could
 // lead around them; nil for everything else, and without a file.
 func (h *hosts) reply(k key) *reply {
-	if h == nil {
-		return nil
-	}
-	switch k.qtype {
-	case dns.TypeA, dns.TypeAAAA, dns.TypeHTTPS, dns.TypeSVCB:
-	default:
-		return nil
-	}
-	addrs, ok := (*h.table.Load())[k.name]
+	addrs, ok := h.find(k.name, k.qtype)
 	if !ok {
 		return nil
 	}
@@ -202,6 +194,19 @@ func (h *hosts) reply(k key) *reply {
 		}
 	}
 	return rep
+}
+
+// find returns the addresses of name, which it does not keep, if that is what a query
+// of the type is answered with.
+func (h *hosts) find(name policy.Name, qtype uint16) (addrs []netip.Addr, ok bool) {
+	if h == nil {
+		return nil, false
+	}
+	switch qtype {
+	case dns.TypeA, dns.TypeAAAA, dns.TypeHTTPS, dns.TypeSVCB:
+		addrs, ok = (*h.table.Load())[name]
+	}
+	return addrs, ok
 }
 
 // addressType returns the type of record that holds a.

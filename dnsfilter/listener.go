@@ -116,7 +116,8 @@ func (cs *conns) remove(c *conn) {
 	}
 }
 
-func (cs *conns) closeAll() {
+// each calls f with every connection that is open.
+func (cs *conns) each(f func(*conn)) {
 	cs.mu.Lock()
 	open := make([]*conn, 0, len(cs.open))
 	for c := range cs.open {
@@ -124,7 +125,7 @@ func (cs *conns) closeAll() {
 	}
 	cs.mu.Unlock()
 	for _, c := range open {
-		c.Close()
+		f(c)
 	}
 }
 

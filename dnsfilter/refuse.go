@@ -56,6 +56,18 @@ func (s *Server) filter(rep *reply, req policy.Request, d policy.Decision) polic
 		}
 		return got.Passes()
 	}
+	if !s.strip(rep, req.QType, passes) {
+		return d
+	}
+	rep.answer, rep.authority = nil, nil
+	rep.ede, rep.why = dns.ExtendedErrorCodeBlocked, private.Reason.String()
+	return private
+}
+
+// strip removes from rep the addresses that do not pass, what Config.HTTPSRecords
+// says, and the signatures over what it changed. It reports whether that left
+// nothing of the type asked for.
+func (s *Server) strip(rep *reply, qtype uint16, passes func(netip.Addr) bool) (emptied bool) {
 	var changed []uint16 // types whose signatures no longer hold
 	left := false        // something of the type asked for
 	rep.answer = slices.DeleteFunc(rep.answer, func(rr dns.RR) bool {
@@ -72,23 +84,18 @@ func (s *Server) filter(rep *reply, req policy.Request, d policy.Decision) polic
 		if drop {
 			changed = append(changed, rr.Header().Rrtype)
 		}
-		left = left || !drop && rr.Header().Rrtype == req.QType
+		left = left || !drop && rr.Header().Rrtype == qtype
 		return drop
 	})
 	if len(changed) == 0 {
-		return d
+		return false
 	}
 	rep.ad = false
 	rep.answer = slices.DeleteFunc(rep.answer, func(rr dns.RR) bool {
 		sig, ok := rr.(*dns.RRSIG)
 		return ok && slices.Contains(changed, sig.TypeCovered)
 	})
-	if left {
-		return d
-	}
-	rep.answer, rep.authority = nil, nil
-	rep.ede, rep.why = dns.ExtendedErrorCodeBlocked, private.Reason.String()
-	return private
+	return !left
 }
 
 // inspector returns what says whether the resolver may ask for the name that the
@@ -107,8 +114,8 @@ func (s *Server) inspector(req policy.Request) func(*reply) bool {
 // there is one, and notes in rep which name it was.
 func (s *Server) inspect(rep *reply, req policy.Request) (policy.Decision, bool) {
 	for _, rr := range rep.answer {
-		target := targetOf(rr)
-		if target == "" || target == "." || strings.EqualFold(target, rr.Header().Name) {
+		target, leads := leadsTo(rr)
+		if !leads {
 			continue
 		}
 		if d := s.decide(&req, target); !d.Passes() {
@@ -117,6 +124,12 @@ func (s *Server) inspect(rep *reply, req policy.Request) (policy.Decision, bool)
 		}
 	}
 	return policy.Decision{}, true
+}
+
+// leadsTo returns the name that rr leads to, if it is another than rr's own.
+func leadsTo(rr dns.RR) (target string, leads bool) {
+	target = targetOf(rr)
+	return target, target != "" && target != "." && !strings.EqualFold(target, rr.Header().Name)
 }
 
 // targetOf returns the name that rr leads to, "" if it is no alias.

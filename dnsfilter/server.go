@@ -9,14 +9,12 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/miekg/dns"
-
 	"sallyport/policy"
 )
 
 const (
 	maxInFlight    = 4096             // UDP queries under way; more are dropped
-	maxConns       = 1024             // TCP connections, each with one query under way; half of them for known sources only
+	maxConns       = 1024             // TCP connections; half of them for known sources only
 	maxSourceConns = 128              // TCP connections of one address
 	firstQuery     = 5 * time.Second  // for a TCP connection to send its first query
 	idleTimeout    = 10 * time.Second // between queries on a TCP connection (RFC 7766, section 6.2.3)
@@ -24,6 +22,9 @@ const (
 	bindAttempts   = 10               // to find a port that is free for both UDP and TCP
 	readSize       = 4096             // bytes of a query over UDP
 )
+
+// past is a deadline that ends what waits.
+var past = time.Unix(1, 0)
 
 var errServing = errors.New("the server is serving already or shut down")
 
@@ -36,16 +37,18 @@ type Server struct {
 	serial   atomic.Uint64 // of events
 	inFlight atomic.Int64  // UDP queries under way
 	conns    conns
+	sample   *sampler       // nil unless Config.Events asks for it
+	slow     sync.WaitGroup // UDP queries under way
 
 	mu       sync.Mutex // guards what follows
-	bound    []*dns.Server
+	udp      []*udpSocket
+	tcp      []*listener
 	addrs    []netip.AddrPort
 	life     context.Context // of the queries under way
 	end      context.CancelFunc
 	serving  bool
-	down     chan struct{}  // closed when Shutdown begins
-	finished chan struct{}  // closed when Serve returns
-	starting sync.WaitGroup // bound servers that can not be shut down yet
+	down     chan struct{} // closed when Shutdown begins
+	finished chan struct{} // closed when Serve returns
 }
 
 // NewServer returns a Server that answers from r, with r's Config. The caller
@@ -53,6 +56,9 @@ type Server struct {
 func NewServer(r *Resolver) *Server {
 	s := &Server{resolver: r, cfg: &r.cfg, counts: &r.counts,
 		down: make(chan struct{}), finished: make(chan struct{})}
+	if s.cfg.Events == EventsSample {
+		s.sample = newSampler(s.cfg.Now())
+	}
 	s.conns.open = make(map[*conn]struct{})
 	s.conns.perSource = make(map[netip.Addr]int)
 	s.conns.refused = &r.counts.dropped
@@ -103,8 +109,14 @@ func (s *Server) bind(addr netip.AddrPort) error {
 	if err != nil {
 		return err
 	}
+	sockets, err := shareUDP(udp.(*net.UDPConn))
+	if err != nil {
+		tcp.Close()
+		return err
+	}
 	s.addrs = append(s.addrs, udp.LocalAddr().(*net.UDPAddr).AddrPort())
-	s.bound = append(s.bound, s.udpServer(udp), s.tcpServer(tcp))
+	s.udp = append(s.udp, sockets...)
+	s.tcp = append(s.tcp, &listener{Listener: tcp, conns: &s.conns, down: s.down})
 	return nil
 }
 
@@ -129,76 +141,6 @@ func listenBoth(addr netip.AddrPort) (net.PacketConn, net.Listener, error) {
 	return udp, tcp, nil
 }
 
-// udpServer returns the server of a UDP socket. miekg/dns answers from the
-// address that was asked, as long as it is given the bare *net.UDPConn.
-func (s *Server) udpServer(c net.PacketConn) *dns.Server {
-	return &dns.Server{
-		PacketConn:     c,
-		UDPSize:        readSize,
-		DecorateReader: func(r dns.Reader) dns.Reader { return boundedReader{r, s} },
-		// Each packet that boundedReader let in ends in exactly one of these three.
-		Handler: dns.HandlerFunc(func(w dns.ResponseWriter, m *dns.Msg) {
-			defer s.inFlight.Add(-1)
-			s.handle(s.life, w, m)
-		}),
-		MsgAcceptFunc: func(h dns.Header) dns.MsgAcceptAction {
-			action := s.accept(h)
-			if action != dns.MsgAccept {
-				s.inFlight.Add(-1)
-			}
-			return action
-		},
-		MsgInvalidFunc: func([]byte, error) {
-			s.counts.malformed.Add(1)
-			s.inFlight.Add(-1)
-		},
-	}
-}
-
-// tcpServer returns the server of a TCP listener. It takes the queries of a
-// connection one after the other, so the bound on connections bounds the queries.
-func (s *Server) tcpServer(l net.Listener) *dns.Server {
-	return &dns.Server{
-		Listener:       &listener{Listener: l, conns: &s.conns, down: s.down},
-		ReadTimeout:    firstQuery,
-		IdleTimeout:    func() time.Duration { return idleTimeout },
-		MaxTCPQueries:  -1,
-		Handler:        dns.HandlerFunc(func(w dns.ResponseWriter, m *dns.Msg) { s.handle(s.life, w, m) }),
-		MsgAcceptFunc:  s.accept,
-		MsgInvalidFunc: func([]byte, error) { s.counts.malformed.Add(1) },
-	}
-}
-
-// accept is the function accept with a count of what is not.
-func (s *Server) accept(h dns.Header) dns.MsgAcceptAction {
-	action := accept(h)
-	if action != dns.MsgAccept {
-		s.counts.malformed.Add(1)
-	}
-	return action
-}
-
-// A boundedReader drops packets while too many are under way: miekg/dns starts a
-// goroutine for each that it reads.
-type boundedReader struct {
-	dns.Reader
-	s *Server
-}
-
-func (r boundedReader) ReadUDP(c *net.UDPConn, timeout time.Duration) ([]byte, *dns.SessionUDP, error) {
-	for {
-		p, session, err := r.Reader.ReadUDP(c, timeout)
-		if err != nil {
-			return nil, nil, err
-		}
-		if r.s.inFlight.Add(1) <= maxInFlight {
-			return p, session, nil
-		}
-		r.s.inFlight.Add(-1)
-		r.s.counts.dropped.Add(1)
-	}
-}
-
 // Addrs returns the bound addresses in the order of Config.Listen, each for UDP and TCP.
 func (s *Server) Addrs() []netip.AddrPort {
 	s.mu.Lock()
@@ -216,38 +158,36 @@ func (s *Server) Serve(ctx context.Context) error {
 		return errServing
 	}
 	s.serving = true
-	bound := s.bound
-	s.starting.Add(len(bound))
+	udp, tcp := s.udp, s.tcp
 	s.mu.Unlock()
 	defer close(s.finished)
 	defer s.end()
 
 	defer context.AfterFunc(ctx, s.abort)()
-	ended := make(chan error, len(bound))
-	for _, srv := range bound {
-		go s.run(srv, ended)
+	sockets := len(udp) + len(tcp)
+	ended := make(chan error, sockets)
+	for _, u := range udp {
+		go func() { ended <- s.serveUDP(u) }()
+	}
+	for _, l := range tcp {
+		go func() { ended <- s.serveTCP(l) }()
 	}
 	var failed error
-	for range bound {
+	for range sockets {
 		if err := <-ended; err != nil && failed == nil {
 			failed = err
 			go s.abort()
 		}
+	}
+	s.slow.Wait() // their answers leave by the sockets
+	for _, u := range udp {
+		u.conn.Close()
 	}
 	select {
 	case <-ctx.Done(): // without listeners there is nothing else to wait for
 	case <-s.down:
 	}
 	return failed
-}
-
-// run serves one socket until it is shut down or fails.
-func (s *Server) run(srv *dns.Server, ended chan<- error) {
-	started := sync.OnceFunc(s.starting.Done)
-	srv.NotifyStartedFunc = started
-	err := srv.ActivateAndServe()
-	started()
-	ended <- err
 }
 
 // abort shuts down without waiting for anybody.
@@ -275,12 +215,13 @@ func (s *Server) Shutdown(ctx context.Context) error {
 		return nil
 	}
 	if first {
-		s.starting.Wait() // not for long: a server that starts asks nobody
-		var stopping sync.WaitGroup
-		for _, srv := range s.bound {
-			stopping.Go(func() { srv.ShutdownContext(ctx) }) // only that ctx ended, or the server did before
+		for _, u := range s.udp {
+			u.conn.SetReadDeadline(past) // fails on closed sockets only, whose reader has ended
 		}
-		stopping.Wait()
+		for _, l := range s.tcp {
+			l.Close() // its Accept returns
+		}
+		s.conns.each(func(c *conn) { c.SetReadDeadline(past) }) // as above
 	}
 	select {
 	case <-s.finished:
@@ -288,7 +229,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	case <-ctx.Done():
 	}
 	s.end()
-	s.conns.closeAll()
+	s.conns.each(func(c *conn) { c.Close() })
 	return ctx.Err()
 }
 
@@ -303,12 +244,11 @@ func isClosed(c <-chan struct{}) bool {
 
 // unbind closes every socket. The caller holds mu.
 func (s *Server) unbind() {
-	for _, srv := range s.bound {
-		if srv.PacketConn != nil {
-			srv.PacketConn.Close()
-		} else {
-			srv.Listener.Close()
-		}
+	for _, u := range s.udp {
+		u.conn.Close()
 	}
-	s.bound, s.addrs = nil, nil
+	for _, l := range s.tcp {
+		l.Close()
+	}
+	s.udp, s.tcp, s.addrs = nil, nil, nil
 }

@@ -33,8 +33,8 @@ const (
 	maskRcode = 0x0F
 )
 
-// Question is where the question begins in every message with a header.
-const Question = headerSize
+// Counts is where in every message the numbers of records stand, after the ID and flags.
+const Counts = 4
 
 // A Query is one plain question: opcode QUERY, one name without compression, class
 // IN, and nothing beside it but an OPT record of EDNS version 0 without options.
@@ -221,11 +221,15 @@ func (q *Query) patch(h []byte) {
 	h[3] = bitRA | h[3]&(bitCD|bitAD|maskRcode)
 }
 
-// Truncate cuts the message that begins at start of dst to its question and sets TC.
-func (q *Query) Truncate(dst []byte, start int) []byte {
-	dst = dst[:start+headerSize+q.size+4]
+// AppendTruncated is AppendAnswer for an answer that is too large: it sets TC and
+// leaves the records away.
+func (q *Query) AppendTruncated(dst, answer []byte, authentic bool) []byte {
+	start := len(dst)
+	dst = q.AppendHeader(dst, int(answer[3]&maskRcode))
 	dst[start+2] |= bitTC
-	clear(dst[start+6 : start+headerSize])
+	if authentic {
+		dst[start+3] |= bitAD
+	}
 	return dst
 }
 

@@ -188,7 +188,7 @@ func TestResponses(t *testing.T) {
 	whole.Answer[0].Header().Ttl, whole.Answer[1].Header().Ttl = 43, 0
 	check("aged past the end", p, whole)
 	whole.Answer, whole.Truncated = nil, true
-	check("truncated", got.AppendOPT(got.Truncate(p, 6), 6, 1400, 0, ""), opt(whole))
+	check("truncated", got.AppendOPT(got.AppendTruncated(before, message, true), 6, 1400, 0, ""), opt(whole))
 }
 
 func TestTTLsOfNoMessage(t *testing.T) {

@@ -143,5 +143,6 @@ type Policy struct {
 type Log struct {
 	Format string `yaml:"format" kind:"enum" enum:"json squid aviatrix" doc:"json: every event, one object a line. squid: Squid's native access.log. aviatrix: Aviatrix FQDN log. The last two have no lines for DNS queries, and messages go to stderr."`
 	Output string `yaml:"output" kind:"output" doc:"stdout, stderr or a file, which SIGUSR1 reopens; relative to this file."`
+	DNS    string `yaml:"dns" kind:"enum" enum:"all denied sample" doc:"Which DNS queries are written: every one; those that are denied; or those, and of the allowed ones each source, name, type and response code once a minute. Metrics count every query."`
 	Level  string `yaml:"level" kind:"enum" enum:"debug info warn error" live:"true" doc:"Least important message to write. Events are always written."`
 }

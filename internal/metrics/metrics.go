@@ -113,6 +113,20 @@ func (m *Metrics) Observe(ev *event.Event) {
 	}
 }
 
+// CountQuery counts a DNS query of a type that was answered with an RCODE as d says,
+// just as Observe counts its Event. Of those two a query is for one.
+func (m *Metrics) CountQuery(d *policy.Decision, qtype uint16, rcode int) {
+	m.current.Load().countAs(listenerDNS, d)
+	q, r := len(qtypes), len(rcodes)
+	if int(qtype) < len(qtypeIndex) {
+		q = int(qtypeIndex[qtype])
+	}
+	if rcode >= 0 && rcode < len(rcodeIndex) {
+		r = int(rcodeIndex[rcode])
+	}
+	m.queries[verdict(d.Verdict)][q][r].Add(1)
+}
+
 // The closed sets. What is not in one of them counts as other.
 const other = "other"
 
@@ -123,6 +137,32 @@ var (
 	qtypes    = [...]string{"A", "AAAA", "HTTPS", "SVCB", "CNAME", "TXT", "SRV", "MX", "NS", "SOA", "PTR", "CAA",
 		"DS", "DNSKEY", "NAPTR", "TLSA", "SSHFP", "URI", "NULL", "ANY", "AXFR", "IXFR"}
 	rcodes = [...]string{"NOERROR", "FORMERR", "SERVFAIL", "NXDOMAIN", "NOTIMP", "REFUSED", "BADVERS"}
+)
+
+// listenerDNS is the resolver's index in listeners.
+const listenerDNS = 1
+
+// qtypeIndex and rcodeIndex say where in qtypes and rcodes the number of a type and
+// of a response code stands (IANA's DNS parameters).
+var (
+	qtypeIndex = func() (index [258]uint8) {
+		for i := range index {
+			index[i] = uint8(len(qtypes))
+		}
+		for i, number := range [len(qtypes)]uint16{1, 28, 65, 64, 5, 16, 33, 15, 2, 6, 12, 257, 43, 48, 35, 52, 44, 256, 10, 255, 252, 251} {
+			index[number] = uint8(i)
+		}
+		return index
+	}()
+	rcodeIndex = func() (index [17]uint8) {
+		for i := range index {
+			index[i] = uint8(len(rcodes))
+		}
+		for i, number := range [len(rcodes)]uint8{0, 1, 2, 3, 4, 5, 16} {
+			index[number] = uint8(i)
+		}
+		return index
+	}()
 )
 
 // verdict is v as an index.
@@ -181,11 +221,16 @@ func newTable(revision string, groups []string, old *table) *table {
 }
 
 func (t *table) count(listener string, d *policy.Decision) {
+	t.countAs(indexOf(listeners[:], listener), d)
+}
+
+// countAs is count for an index of listeners.
+func (t *table) countAs(listener int, d *policy.Decision) {
 	c := t.groups[d.Group]
 	if c == nil { // a tunnel that outlived its group
 		c = t.groups[""]
 	}
-	c[indexOf(listeners[:], listener)][verdict(d.Verdict)][reason(d.Reason)].Add(1)
+	c[listener][verdict(d.Verdict)][reason(d.Reason)].Add(1)
 }
 
 var (

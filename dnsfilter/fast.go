@@ -1,0 +1,226 @@
+package dnsfilter
+
+import (
+	"net/netip"
+	"time"
+	"unsafe"
+
+	"github.com/miekg/dns"
+
+	"sallyport/dnsfilter/wire"
+	"sallyport/policy"
+	"sallyport/policy/event"
+)
+
+// A fast answers plain queries from the packet, without unpacking it: those that are
+// refused, and those whose answer is in the cache. Whatever needs more thought is left
+// to Server.serve, whose answers have the same bytes. It is for one goroutine.
+type fast struct {
+	s    *Server
+	q    wire.Query
+	text [256]byte // the name in lower case
+	key  [keySize + 17]byte
+	ev   event.Event
+}
+
+// An outcome is what is to be told of a query that a fast has answered.
+type outcome struct {
+	addr   netip.AddrPort
+	d      policy.Decision
+	qtype  uint16
+	rcode  int
+	packed *packed // nil if there was no answer in it
+	tell   bool    // the Observer
+	name   int     // bytes of the name asked for in the packet
+}
+
+// answer appends to dst the answer to packet and fills o, or returns false to leave
+// packet to Server.serve. It keeps neither. The client's way back is not used.
+func (f *fast) answer(dst, packet []byte, c client, now time.Time, o *outcome) ([]byte, bool) {
+	s, q := f.s, &f.q
+	if !q.Parse(packet) || isMeta(q.Type) || q.Type == dns.TypeANY {
+		return dst, false
+	}
+	req := policy.Request{Source: c.addr.Addr(), Protocol: policy.ProtocolDNS, QType: q.Type, Time: now}
+	if !f.readName(&req) || s.resolver.records[req.Name] != nil {
+		return dst, false
+	}
+	o.addr, o.qtype, o.packed, o.name = c.addr, q.Type, nil, len(q.Name())
+	o.d = s.cfg.Decider.Decide(req)
+	start := len(dst)
+	var ok bool
+	if !o.d.Passes() {
+		dst = f.refuse(dst, o)
+	} else if dst, ok = f.cached(dst, req, c, now, o); !ok {
+		return dst[:start], false
+	}
+	o.tell = s.cfg.Observer != nil && s.cfg.Events.tell(&o.d) &&
+		(s.cfg.Events != EventsSample || o.d.Verdict != policy.Allow || s.sample.first(f.sampleKey(), c.addr.Addr(), o.rcode, now))
+	return dst, true
+}
+
+// readName sets req.Name to the name asked for, which is valid until the next query:
+// whoever decides does not keep it. It reports whether it is a name.
+func (f *fast) readName(req *policy.Request) bool {
+	text := wire.AppendText(f.text[:0], f.q.Name())
+	if len(text) == 0 {
+		return false
+	}
+	var err error
+	req.Name, err = policy.ParseName(unsafe.String(&text[0], len(text)))
+	return err == nil
+}
+
+// sampleKey returns what the sampler knows the query by, with room behind it.
+func (f *fast) sampleKey() []byte {
+	return wire.AppendKey(append(f.key[:0], f.q.Name()...), f.q.Type, false, false)
+}
+
+// refuse appends the refusal that refusal would make.
+func (f *fast) refuse(dst []byte, o *outcome) []byte {
+	start := len(dst)
+	var sunk []byte
+	switch f.s.cfg.Deny {
+	case DenyNXDomain:
+		o.rcode = dns.RcodeNameError
+	case DenyNodata:
+		o.rcode = dns.RcodeSuccess
+	case DenySinkhole:
+		o.rcode = dns.RcodeSuccess
+		switch o.qtype {
+		case dns.TypeA:
+			sunk = unspecified[:4]
+			o.packed = sunkA
+		case dns.TypeAAAA:
+			sunk = unspecified[:]
+			o.packed = sunkAAAA
+		}
+	default:
+		o.rcode = dns.RcodeRefused
+	}
+	dst = f.q.AppendHeader(dst, o.rcode)
+	if sunk != nil {
+		dst = f.q.AppendAddress(dst, start, sunk, refusedTTL)
+	}
+	if !f.q.EDNS {
+		return dst
+	}
+	ede := dns.ExtendedErrorCodeBlocked
+	if o.d.Reason == policy.ReasonUnmatchedSource {
+		ede = dns.ExtendedErrorCodeProhibited
+	}
+	return f.q.AppendOPT(dst, start, uint16(f.s.cfg.MaxUDPSize), ede, o.d.Reason.String())
+}
+
+// What a sinkhole answers.
+var (
+	unspecified [16]byte
+	sunkA       = &packed{answers: []string{netip.IPv4Unspecified().String()}}
+	sunkAAAA    = &packed{answers: []string{netip.IPv6Unspecified().String()}}
+)
+
+// cached appends the answer that the cache has, if it has one that req's source may
+// have whole.
+func (f *fast) cached(dst []byte, req policy.Request, c client, now time.Time, o *outcome) ([]byte, bool) {
+	s, q := f.s, &f.q
+	if q.Type == dns.TypeHTTPS || q.Type == dns.TypeSVCB {
+		if s.cfg.HTTPSRecords == HTTPSNodata {
+			return f.nodata(dst, o), true
+		}
+	}
+	if _, own := s.resolver.hosts.find(req.Name, q.Type); own {
+		return dst, false
+	}
+	k := q.Key()
+	e, _, _ := s.resolver.cache.find(k, now)
+	if e == nil {
+		return dst, false
+	}
+	p := s.packedOf(k, q.Type, e)
+	if p == unpackable || p.leads && s.cfg.CNAMEs == CNAMEsInspect || !f.allPass(req, p) {
+		return dst, false
+	}
+	start := len(dst)
+	limit := s.sizeLimit(c.udp, q.EDNS, q.UDPSize)
+	size := len(p.message)
+	if q.EDNS {
+		size += wire.OPTSize
+	}
+	if size > limit && !c.udp {
+		return dst, false
+	}
+	o.packed, o.rcode = p, int(p.message[3]&0xF)
+	if authentic := p.ad && (q.AD || q.DO); size > limit {
+		dst = q.AppendTruncated(dst, p.message, authentic)
+	} else {
+		dst = q.AppendAnswer(dst, p.message, authentic)
+		wire.Age(dst[start:], p.ttls, e.age(now))
+	}
+	if q.EDNS {
+		dst = q.AppendOPT(dst, start, uint16(s.cfg.MaxUDPSize), 0, "")
+	}
+	s.counts.hits.Add(1)
+	return dst, true
+}
+
+// allPass reports whether every address in p passes for req's source.
+func (f *fast) allPass(req policy.Request, p *packed) bool {
+	for _, a := range p.addrs {
+		req.Destination = a
+		if d := f.s.cfg.Decider.Decide(req); !d.Passes() {
+			return false
+		}
+	}
+	return true
+}
+
+// nodata appends an answer without records.
+func (f *fast) nodata(dst []byte, o *outcome) []byte {
+	start := len(dst)
+	o.rcode = dns.RcodeSuccess
+	if dst = f.q.AppendHeader(dst, o.rcode); f.q.EDNS {
+		dst = f.q.AppendOPT(dst, start, uint16(f.s.cfg.MaxUDPSize), 0, "")
+	}
+	return dst
+}
+
+// observe counts a query that has been answered, and tells the Observer of it.
+func (f *fast) observe(o *outcome, packet []byte, start time.Time, err error) {
+	s := f.s
+	if s.cfg.Counter != nil {
+		s.cfg.Counter.CountQuery(&o.d, o.qtype, o.rcode)
+	}
+	if !o.tell {
+		return
+	}
+	f.ev = event.Event{
+		Time: start, Kind: event.DNS, Listener: "dns", ID: s.nextID(),
+		Source: o.addr, Name: string(wire.AppendText(f.text[:0], packet[headerSize:headerSize+o.name])), Decision: o.d,
+		QType: typeName(o.qtype), RCode: rcodeNames[o.rcode&0xF],
+		Duration: s.cfg.Now().Sub(start),
+	}
+	if o.packed != nil {
+		f.ev.Answers = o.packed.answers
+		f.ev.DNSTime = 0
+	}
+	if err != nil {
+		f.ev.Error = err.Error()
+	}
+	s.cfg.Observer.Observe(&f.ev)
+}
+
+// rcodeNames are the response codes of the header.
+var rcodeNames = func() (names [16]string) {
+	for i := range names {
+		names[i] = dns.RcodeToString[i]
+	}
+	return names
+}()
+
+// typeName returns the name of a type as events have it.
+func typeName(t uint16) string {
+	if name, ok := dns.TypeToString[t]; ok {
+		return name
+	}
+	return dns.Type(t).String()
+}

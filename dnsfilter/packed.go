@@ -1,0 +1,99 @@
+package dnsfilter
+
+import (
+	"bytes"
+	"net/netip"
+	"time"
+
+	"github.com/miekg/dns"
+
+	"sallyport/dnsfilter/wire"
+)
+
+// maxPackedAddrs bounds the decisions that one answer takes on the fast path.
+const maxPackedAddrs = 32
+
+// packedOverhead is what a packed takes, in bytes, beside its slices.
+const packedOverhead = 160
+
+// A packed is an entry ready to be sent: the bytes that message and Pack would make
+// of it for a source whose addresses all pass, and what has to be known to tell. It
+// holds no verdict, and what it holds is the same for every source.
+type packed struct {
+	message []byte       // within its TTL, without OPT; the question in lower case
+	ttls    []uint16     // where in message
+	addrs   []netip.Addr // to be decided for each source
+	leads   bool         // to other names, which inspect decides
+	ad      bool         // as in reply
+	answers []string     // as in an Event
+}
+
+// unpackable stands for entries that the fast path leaves alone.
+var unpackable = new(packed)
+
+// packedOf returns e, what is remembered of the key k on the wire, as it is sent, or
+// unpackable.
+func (s *Server) packedOf(k []byte, qtype uint16, e *entry) *packed {
+	if p := e.packed.Load(); p != nil {
+		return p
+	}
+	p := s.pack(k, qtype, e)
+	if e.packed.CompareAndSwap(nil, p) && p != unpackable {
+		s.resolver.cache.grow(k, e, p.size(e))
+	}
+	return e.packed.Load()
+}
+
+// pack makes of e what the slow path would. It takes as long as the slow path, once
+// for each entry that is asked for again.
+func (s *Server) pack(k []byte, qtype uint16, e *entry) *packed {
+	if e.err != nil || !e.next.IsZero() {
+		return unpackable
+	}
+	p, rep := new(packed), e.reply(e.stored, false)
+	for _, rr := range rep.answer {
+		if _, leads := leadsTo(rr); leads {
+			p.leads = true
+		}
+	}
+	emptied := s.strip(rep, qtype, func(a netip.Addr) bool {
+		p.addrs = append(p.addrs, a)
+		return true
+	})
+	if emptied || len(p.addrs) > maxPackedAddrs {
+		return unpackable
+	}
+	name := string(wire.AppendText(nil, k)) + "."
+	qu := &query{msg: new(dns.Msg).SetQuestion(name, qtype)}
+	qu.q = qu.msg.Question[0]
+	message, err := s.message(qu, rep).Pack()
+	if err != nil {
+		return unpackable
+	}
+	ttls, ok := wire.TTLs(message)
+	if !ok {
+		return unpackable
+	}
+	p.message, p.ttls, p.ad, p.answers = bytes.Clone(message), ttls, rep.ad, summary(rep.answer)
+	if bytes.Equal(message[wire.Counts:], e.wire[wire.Counts:]) && message[3]&0xF == e.wire[3]&0xF {
+		p.message = e.wire // nearly always: they differ in flags that each answer has its own of
+	}
+	return p
+}
+
+// size is what p takes beside e, in bytes.
+func (p *packed) size(e *entry) int64 {
+	n := packedOverhead + 2*cap(p.ttls) + 24*cap(p.addrs)
+	if &p.message[0] != &e.wire[0] {
+		n += cap(p.message)
+	}
+	for _, a := range p.answers {
+		n += 16 + len(a)
+	}
+	return int64(n)
+}
+
+// age returns how many seconds of e's TTLs are over.
+func (e *entry) age(now time.Time) uint32 {
+	return uint32(max(now.Sub(e.stored), 0) / time.Second)
+}

@@ -1,0 +1,343 @@
+package dnsfilter
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"sync"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	batch      = 64      // packets read, and answered, with one system call
+	recvBuffer = 4 << 20 // bytes of queries that wait in the kernel, as far as it allows
+	oobSize    = 64      // bytes of control messages: the address asked
+)
+
+// A udpSocket is one of the sockets of an address. The kernel divides the clients
+// among them.
+type udpSocket struct {
+	conn *net.UDPConn
+	raw  syscall.RawConn
+	any  bool // bound to all addresses: answers must leave from the one asked
+}
+
+// shareUDP returns the sockets that share the address of first, first among them: one
+// for each thread that runs Go code. It takes ownership of first.
+func shareUDP(first *net.UDPConn) ([]*udpSocket, error) {
+	sockets, err := shareSockets(first)
+	if err != nil {
+		for _, u := range sockets {
+			u.conn.Close()
+		}
+		return nil, err
+	}
+	return sockets, nil
+}
+
+func shareSockets(first *net.UDPConn) ([]*udpSocket, error) {
+	u, err := newUDPSocket(first)
+	if err != nil {
+		first.Close()
+		return nil, err
+	}
+	sockets := []*udpSocket{u}
+	addr := first.LocalAddr().(*net.UDPAddr)
+	// The first was bound without SO_REUSEPORT, so that it found the address free.
+	// Only with it can others be bound beside it.
+	reuse := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error { return setOption(c, unix.SOL_SOCKET, unix.SO_REUSEPORT) }}
+	if n := runtime.GOMAXPROCS(0); n > 1 {
+		if err := setOption(u.raw, unix.SOL_SOCKET, unix.SO_REUSEPORT); err != nil {
+			return sockets, err
+		}
+		network := "udp"
+		if addr.IP.To4() != nil {
+			network = "udp4"
+		}
+		for range n - 1 {
+			c, err := reuse.ListenPacket(context.Background(), network, addr.String())
+			if err != nil {
+				return sockets, err
+			}
+			u, err := newUDPSocket(c.(*net.UDPConn))
+			if err != nil {
+				c.Close()
+				return sockets, err
+			}
+			sockets = append(sockets, u)
+		}
+	}
+	return sockets, nil
+}
+
+func setOption(c syscall.RawConn, level, option int) error {
+	var failed error
+	if err := c.Control(func(fd uintptr) { failed = unix.SetsockoptInt(int(fd), level, option, 1) }); err != nil {
+		return err
+	}
+	return os.NewSyscallError("setsockopt", failed)
+}
+
+func newUDPSocket(c *net.UDPConn) (*udpSocket, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	_ = c.SetReadBuffer(recvBuffer) // what the kernel allows of it
+	u := &udpSocket{conn: c, raw: raw, any: c.LocalAddr().(*net.UDPAddr).IP.IsUnspecified()}
+	if !u.any {
+		return u, nil
+	}
+	// On a socket for both families the first covers IPv4 too.
+	if setOption(raw, unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO) != nil {
+		err = setOption(raw, unix.IPPROTO_IP, unix.IP_PKTINFO)
+	}
+	return u, err
+}
+
+// mmsghdr is struct mmsghdr (recvmmsg(2)).
+type mmsghdr struct {
+	hdr unix.Msghdr
+	n   uint32
+}
+
+// A message is a packet with where it comes from, or goes to.
+type message struct {
+	name    unix.RawSockaddrInet6 // or RawSockaddrInet4 at its beginning
+	namelen uint32
+	oob     [oobSize]byte
+	ooblen  int
+}
+
+// addr returns the address in m.
+func (m *message) addr() netip.AddrPort {
+	raw := (*[unix.SizeofSockaddrInet6]byte)(unsafe.Pointer(&m.name))
+	port := uint16(raw[2])<<8 | uint16(raw[3])
+	if m.name.Family == unix.AF_INET {
+		return netip.AddrPortFrom(netip.AddrFrom4([4]byte(raw[4:8])), port)
+	}
+	return netip.AddrPortFrom(netip.AddrFrom16(m.name.Addr).Unmap(), port)
+}
+
+// reflect makes the control messages of a query those of its answer: it leaves from
+// the address that was asked, by whatever way is the way back.
+func (m *message) reflect() {
+	if m.ooblen < unix.SizeofCmsghdr {
+		m.ooblen = 0
+		return
+	}
+	h := (*unix.Cmsghdr)(unsafe.Pointer(&m.oob))
+	data := m.oob[unix.CmsgLen(0):]
+	switch {
+	case h.Level == unix.IPPROTO_IPV6 && h.Type == unix.IPV6_PKTINFO:
+		clear(data[16:20]) // ipi6_ifindex
+	case h.Level == unix.IPPROTO_IP && h.Type == unix.IP_PKTINFO:
+		clear(data[0:4]) // ipi_ifindex
+	default:
+		m.ooblen = 0
+	}
+}
+
+// A udpReader reads queries from a socket in batches and answers at once what can be.
+type udpReader struct {
+	s      *Server
+	u      *udpSocket
+	fast   fast
+	failed error // of the socket
+
+	in, out     [batch]mmsghdr
+	inv, outv   [batch]unix.Iovec
+	msgs        [batch]message
+	outcomes    [batch]outcome
+	from        [batch]int // which query the answer is to
+	read        [batch][readSize]byte
+	written     [batch][maxEDNSSize + 512]byte
+	sent, ready int
+}
+
+// serveUDP answers what comes in by u until the server shuts down.
+func (s *Server) serveUDP(u *udpSocket) error {
+	r := &udpReader{s: s, u: u, fast: fast{s: s}}
+	for i := range batch {
+		r.inv[i].Base = &r.read[i][0]
+		r.inv[i].SetLen(readSize)
+		r.in[i].hdr.Iov, r.out[i].hdr.Iov = &r.inv[i], &r.outv[i]
+		r.in[i].hdr.SetIovlen(1)
+		r.out[i].hdr.SetIovlen(1)
+	}
+	for {
+		err := u.raw.Read(r.receive)
+		if isClosed(s.down) {
+			return nil
+		}
+		if err == nil {
+			err = r.failed
+		}
+		if err != nil {
+			return &net.OpError{Op: "read", Net: "udp", Addr: u.conn.LocalAddr(), Err: err}
+		}
+	}
+}
+
+// receive answers what has arrived at the socket. It returns true if that has to end,
+// false if there is nothing left: the runtime calls it again when more arrives.
+func (r *udpReader) receive(fd uintptr) bool {
+	for !isClosed(r.s.down) {
+		for i := range batch {
+			h := &r.in[i].hdr
+			h.Name, h.Namelen = (*byte)(unsafe.Pointer(&r.msgs[i].name)), unix.SizeofSockaddrInet6
+			if r.u.any {
+				h.Control = &r.msgs[i].oob[0]
+				h.SetControllen(oobSize)
+			}
+		}
+		n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&r.in)), batch, unix.MSG_DONTWAIT, 0, 0)
+		switch errno {
+		case 0:
+		case unix.EAGAIN:
+			return false
+		case unix.EINTR, unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH: // an earlier answer did not arrive
+			continue
+		default:
+			r.failed = os.NewSyscallError("recvmmsg", errno)
+			return true
+		}
+		r.answer(fd, int(n))
+		if n < batch { // the queue was empty: what comes from now on wakes this up
+			return false
+		}
+	}
+	return true
+}
+
+// answer answers the first n packets.
+func (r *udpReader) answer(fd uintptr, n int) {
+	now := r.s.cfg.Now()
+	r.s.resolver.refreshHosts()
+	r.ready = 0
+	for i := range n {
+		m := &r.msgs[i]
+		m.namelen, m.ooblen = r.in[i].hdr.Namelen, int(r.in[i].hdr.Controllen)
+		m.reflect()
+		packet := r.read[i][:r.in[i].n]
+		k := r.ready
+		p, ok := r.fast.answer(r.written[k][:0], packet, client{addr: m.addr(), udp: true}, now, &r.outcomes[k])
+		if !ok {
+			r.s.answerLater(r.u, m, packet)
+			continue
+		}
+		r.outv[k].Base = &p[0]
+		r.outv[k].SetLen(len(p))
+		h := &r.out[k].hdr
+		h.Name, h.Namelen = (*byte)(unsafe.Pointer(&m.name)), m.namelen
+		h.Control = &m.oob[0]
+		h.SetControllen(m.ooblen)
+		r.from[k] = i
+		r.ready++
+	}
+	for r.sent = 0; r.sent < r.ready; {
+		first := r.sent
+		err := r.send(fd)
+		for k := first; k < r.sent; k++ {
+			r.fast.observe(&r.outcomes[k], r.read[r.from[k]][:], now, nil)
+		}
+		if err != nil {
+			r.fast.observe(&r.outcomes[r.sent], r.read[r.from[r.sent]][:], now, err)
+			r.sent++
+		}
+	}
+}
+
+// send sends answers from sent on, which it moves on by those that are sent. The
+// error is that of the next one.
+func (r *udpReader) send(fd uintptr) error {
+	for {
+		n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&r.out[r.sent])), uintptr(r.ready-r.sent), unix.MSG_DONTWAIT, 0, 0)
+		switch errno {
+		case 0:
+			r.sent += int(n)
+			return nil
+		case unix.EINTR:
+		case unix.EAGAIN: // the kernel's buffer is full
+			if err := r.u.raw.Write(new(waiter).ready); err != nil {
+				return err
+			}
+		default:
+			return os.NewSyscallError("sendmmsg", errno)
+		}
+	}
+}
+
+// A waiter waits once.
+type waiter struct{ waited bool }
+
+func (w *waiter) ready(uintptr) bool {
+	was := w.waited
+	w.waited = true
+	return was
+}
+
+// A udpQuery is a query that takes longer, with the way back.
+type udpQuery struct {
+	u      *udpSocket
+	m      message
+	size   int
+	packet [readSize]byte
+}
+
+var udpQueries = sync.Pool{New: func() any { return new(udpQuery) }}
+
+// answerLater has a copy of packet answered by another goroutine, or drops it if too
+// many are under way.
+func (s *Server) answerLater(u *udpSocket, m *message, packet []byte) {
+	if s.inFlight.Add(1) > maxInFlight {
+		s.inFlight.Add(-1)
+		s.counts.dropped.Add(1)
+		return
+	}
+	q := udpQueries.Get().(*udpQuery)
+	q.u, q.m, q.size = u, *m, copy(q.packet[:], packet)
+	s.slow.Add(1)
+	go s.answerUDP(q)
+}
+
+func (s *Server) answerUDP(q *udpQuery) {
+	defer s.slow.Done()
+	defer s.inFlight.Add(-1)
+	s.serve(s.life, client{addr: q.m.addr(), udp: true, back: q}, q.packet[:q.size])
+	udpQueries.Put(q)
+}
+
+// send implements the way back of a client.
+func (q *udpQuery) send(answer []byte) error {
+	h := unix.Msghdr{Name: (*byte)(unsafe.Pointer(&q.m.name)), Namelen: q.m.namelen}
+	iov := unix.Iovec{Base: &answer[0]}
+	iov.SetLen(len(answer))
+	h.Iov = &iov
+	h.SetIovlen(1)
+	if q.m.ooblen > 0 {
+		h.Control = &q.m.oob[0]
+		h.SetControllen(q.m.ooblen)
+	}
+	var errno syscall.Errno
+	err := q.u.raw.Write(func(fd uintptr) bool {
+		for {
+			_, _, errno = unix.Syscall(unix.SYS_SENDMSG, fd, uintptr(unsafe.Pointer(&h)), unix.MSG_DONTWAIT)
+			if errno != unix.EINTR {
+				return errno != unix.EAGAIN
+			}
+		}
+	})
+	if err == nil && errno != 0 {
+		err = os.NewSyscallError("sendmsg", errno)
+	}
+	if err != nil {
+		return &net.OpError{Op: "write", Net: "udp", Source: q.u.conn.LocalAddr(), Addr: net.UDPAddrFromAddrPort(q.m.addr()), Err: err}
+	}
+	return nil
+}
