@@ -59,7 +59,7 @@ func benchmarkFast(b *testing.B, name string) {
 	}
 	c := client{addr: benchClient, udp: true, back: new(sink)}
 	s.serve(context.Background(), c, p)
-	f := fast{s: s}
+	f := newFast(s)
 	var o outcome
 	var buf [maxEDNSSize]byte
 	now := time.Now()

@@ -19,6 +19,13 @@ type Decider interface {
 	Decide(policy.Request) policy.Decision
 }
 
+// A WireDecider is a Decider that takes the name asked for as it is on the wire, as
+// *policy.Store does: the same decision for less. It does not keep n. A Decider that
+// is none is given Names.
+type WireDecider interface {
+	DecideWire(n *policy.WireName, r policy.Request) policy.Decision
+}
+
 // A Counter counts queries. CountQuery must neither block nor keep d.
 type Counter interface {
 	// CountQuery counts a query of a type, answered with rcode as d says.
@@ -27,7 +34,7 @@ type Counter interface {
 
 // Config says how a Resolver and its Server behave. It is not changed after New.
 type Config struct {
-	Decider  Decider        // decides every query; nil refuses every query
+	Decider  Decider        // decides every query, better as a WireDecider too; nil refuses every query
 	Observer event.Observer // is told of the queries that Events names; nil: nobody is
 	Counter  Counter        // is told of every query; nil: nobody is
 	Logger   zerolog.Logger // for what an operator should act on; the zero value is silent

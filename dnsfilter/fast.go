@@ -3,7 +3,6 @@ package dnsfilter
 import (
 	"net/netip"
 	"time"
-	"unsafe"
 
 	"github.com/miekg/dns"
 
@@ -17,10 +16,17 @@ import (
 // to Server.serve, whose answers have the same bytes. It is for one goroutine.
 type fast struct {
 	s    *Server
+	wire WireDecider // Config.Decider, or nil
 	q    wire.Query
-	text [256]byte // the name in lower case
+	text [256]byte // a name as events have it
 	key  [keySize + 17]byte
 	ev   event.Event
+}
+
+func newFast(s *Server) *fast {
+	f := &fast{s: s}
+	f.wire, _ = s.cfg.Decider.(WireDecider)
+	return f
 }
 
 // An outcome is what is to be told of a query that a fast has answered.
@@ -42,11 +48,11 @@ func (f *fast) answer(dst, packet []byte, c client, now time.Time, o *outcome) (
 		return dst, false
 	}
 	req := policy.Request{Source: c.addr.Addr(), Protocol: policy.ProtocolDNS, QType: q.Type, Time: now}
-	if !f.readName(&req) || s.resolver.records[req.Name] != nil {
+	if _, own := s.recorded[string(q.Name.Bytes())]; own {
 		return dst, false
 	}
-	o.addr, o.qtype, o.packed, o.name = c.addr, q.Type, nil, len(q.Name())
-	o.d = s.cfg.Decider.Decide(req)
+	o.addr, o.qtype, o.packed, o.name = c.addr, q.Type, nil, len(q.Name.Bytes())
+	o.d = f.decide(req)
 	start := len(dst)
 	var ok bool
 	if !o.d.Passes() {
@@ -59,21 +65,18 @@ func (f *fast) answer(dst, packet []byte, c client, now time.Time, o *outcome) (
 	return dst, true
 }
 
-// readName sets req.Name to the name asked for, which is valid until the next query:
-// whoever decides does not keep it. It reports whether it is a name.
-func (f *fast) readName(req *policy.Request) bool {
-	text := wire.AppendText(f.text[:0], f.q.Name())
-	if len(text) == 0 {
-		return false
+// decide decides req, whose name is the one asked for.
+func (f *fast) decide(req policy.Request) policy.Decision {
+	if f.wire != nil {
+		return f.wire.DecideWire(&f.q.Name, req)
 	}
-	var err error
-	req.Name, err = policy.ParseName(unsafe.String(&text[0], len(text)))
-	return err == nil
+	req.Name = f.q.Name.Name()
+	return f.s.cfg.Decider.Decide(req)
 }
 
 // sampleKey returns what the sampler knows the query by, with room behind it.
 func (f *fast) sampleKey() []byte {
-	return wire.AppendKey(append(f.key[:0], f.q.Name()...), f.q.Type, false, false)
+	return wire.AppendKey(f.q.AppendName(f.key[:0]), f.q.Type, false, false)
 }
 
 // refuse appends the refusal that refusal would make.
@@ -128,7 +131,7 @@ func (f *fast) cached(dst []byte, req policy.Request, c client, now time.Time, o
 			return f.nodata(dst, o), true
 		}
 	}
-	if _, own := s.resolver.hosts.find(req.Name, q.Type); own {
+	if _, own := s.resolver.hosts.find(q.Name.Bytes(), q.Type); own {
 		return dst, false
 	}
 	k := q.Key()
@@ -167,7 +170,7 @@ func (f *fast) cached(dst []byte, req policy.Request, c client, now time.Time, o
 func (f *fast) allPass(req policy.Request, p *packed) bool {
 	for _, a := range p.addrs {
 		req.Destination = a
-		if d := f.s.cfg.Decider.Decide(req); !d.Passes() {
+		if d := f.decide(req); !d.Passes() {
 			return false
 		}
 	}

@@ -44,7 +44,7 @@ func FuzzServer(f *testing.F) {
 	r := newResolver(f, Config{Decider: people, Cache: Cache{Size: mib}, Upstreams: []string{"192.0.2.53"}, Now: newClock().now}, nil)
 	r.pool.ups.Store(&[]*upstream{{exchanger: onlyListed{f}, text: "canned"}})
 	s := NewServer(r)
-	quick := fast{s: s}
+	quick := newFast(s)
 	f.Fuzz(func(t *testing.T, packet []byte) {
 		if len(packet) > readSize {
 			return // no more is read

@@ -18,6 +18,7 @@ import (
 	"github.com/miekg/dns"
 	"github.com/rs/zerolog"
 
+	"sallyport/dnsfilter/wire"
 	"sallyport/policy"
 )
 
@@ -119,18 +120,18 @@ func checkRegular(path string, info fs.FileInfo) error {
 type hosts struct {
 	file   *watched
 	logger zerolog.Logger
-	table  atomic.Pointer[map[policy.Name][]netip.Addr]
+	table  atomic.Pointer[map[string][]netip.Addr] // by name on the wire
 }
 
 func newHosts(path string, now func() time.Time, logger zerolog.Logger) *hosts {
 	h := &hosts{logger: logger}
-	h.table.Store(new(map[policy.Name][]netip.Addr))
+	h.table.Store(new(map[string][]netip.Addr))
 	h.file = &watched{path: path, now: now, load: h.load}
 	return h
 }
 
 func (h *hosts) load(r io.Reader) error {
-	table := make(map[policy.Name][]netip.Addr)
+	table := make(map[string][]netip.Addr)
 	lines := bufio.NewReaderSize(r, maxHostsLine)
 	first, skipped := 0, 0
 	for n, long := 1, false; ; {
@@ -162,7 +163,7 @@ func (h *hosts) load(r io.Reader) error {
 }
 
 // addHosts adds to table what a line says.
-func addHosts(table map[policy.Name][]netip.Addr, line string) {
+func addHosts(table map[string][]netip.Addr, line string) {
 	line, _, _ = strings.Cut(line, "#")
 	fields := strings.Fields(line)
 	if len(fields) < 2 {
@@ -173,7 +174,8 @@ func addHosts(table map[policy.Name][]netip.Addr, line string) {
 		return
 	}
 	for _, f := range fields[1:] {
-		name, err := policy.ParseName(f)
+		parsed, err := policy.ParseName(f)
+		name := string(wire.AppendName(nil, parsed.String()))
 		if err == nil && len(table[name]) < maxHostAddrs && !slices.Contains(table[name], addr.Unmap()) {
 			table[name] = append(table[name], addr.Unmap())
 		}
@@ -183,7 +185,8 @@ func addHosts(table map[policy.Name][]netip.Addr, line string) {
 // reply answers what asks for the addresses of a name in the file, or could
 // lead around them; nil for everything else, and without a file.
 func (h *hosts) reply(k key) *reply {
-	addrs, ok := h.find(k.name, k.qtype)
+	var buf [keySize]byte
+	addrs, ok := h.find(wire.AppendName(buf[:0], k.name.String()), k.qtype)
 	if !ok {
 		return nil
 	}
@@ -196,15 +199,15 @@ func (h *hosts) reply(k key) *reply {
 	return rep
 }
 
-// find returns the addresses of name, which it does not keep, if that is what a query
+// find returns the addresses of name, in lower case on the wire, if that is what a query
 // of the type is answered with.
-func (h *hosts) find(name policy.Name, qtype uint16) (addrs []netip.Addr, ok bool) {
+func (h *hosts) find(name []byte, qtype uint16) (addrs []netip.Addr, ok bool) {
 	if h == nil {
 		return nil, false
 	}
 	switch qtype {
 	case dns.TypeA, dns.TypeAAAA, dns.TypeHTTPS, dns.TypeSVCB:
-		addrs, ok = (*h.table.Load())[name]
+		addrs, ok = (*h.table.Load())[string(name)]
 	}
 	return addrs, ok
 }

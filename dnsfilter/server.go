@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"sallyport/dnsfilter/wire"
 	"sallyport/policy"
 )
 
@@ -37,8 +38,9 @@ type Server struct {
 	serial   atomic.Uint64 // of events
 	inFlight atomic.Int64  // UDP queries under way
 	conns    conns
-	sample   *sampler       // nil unless Config.Events asks for it
-	slow     sync.WaitGroup // UDP queries under way
+	recorded map[string]struct{} // names on the wire that have records
+	sample   *sampler            // nil unless Config.Events asks for it
+	slow     sync.WaitGroup      // UDP queries under way
 
 	mu       sync.Mutex // guards what follows
 	udp      []*udpSocket
@@ -56,6 +58,10 @@ type Server struct {
 func NewServer(r *Resolver) *Server {
 	s := &Server{resolver: r, cfg: &r.cfg, counts: &r.counts,
 		down: make(chan struct{}), finished: make(chan struct{})}
+	s.recorded = make(map[string]struct{})
+	for name := range r.records {
+		s.recorded[string(wire.AppendName(nil, name.String()))] = struct{}{}
+	}
 	if s.cfg.Events == EventsSample {
 		s.sample = newSampler(s.cfg.Now())
 	}

@@ -38,7 +38,7 @@ func (s *Server) serveTCP(l *listener) error {
 // their answers come (RFC 7766, section 6.2.1.1). It waits for those under way.
 func (s *Server) serveConn(c net.Conn) {
 	defer c.Close()
-	t := &session{s: s, conn: c, fast: fast{s: s}, in: make([]byte, streamRead), slots: make(chan struct{}, maxPipelined)}
+	t := &session{s: s, conn: c, fast: newFast(s), in: make([]byte, streamRead), slots: make(chan struct{}, maxPipelined)}
 	if a, ok := c.RemoteAddr().(*net.TCPAddr); ok {
 		ap := a.AddrPort()
 		t.client.addr = netip.AddrPortFrom(ap.Addr().Unmap().WithZone(""), ap.Port())
@@ -54,7 +54,7 @@ type session struct {
 	s      *Server
 	conn   net.Conn
 	client client
-	fast   fast
+	fast   *fast
 
 	in        []byte // read, and to be answered from next on
 	next, end int

@@ -147,7 +147,7 @@ func (m *message) reflect() {
 type udpReader struct {
 	s      *Server
 	u      *udpSocket
-	fast   fast
+	fast   *fast
 	failed error // of the socket
 
 	in, out     [batch]mmsghdr
@@ -162,7 +162,7 @@ type udpReader struct {
 
 // serveUDP answers what comes in by u until the server shuts down.
 func (s *Server) serveUDP(u *udpSocket) error {
-	r := &udpReader{s: s, u: u, fast: fast{s: s}}
+	r := &udpReader{s: s, u: u, fast: newFast(s)}
 	for i := range batch {
 		r.inv[i].Base = &r.read[i][0]
 		r.inv[i].SetLen(readSize)

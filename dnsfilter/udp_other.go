@@ -33,7 +33,7 @@ type udpQuery struct {
 
 // serveUDP answers what comes in by u until the server shuts down.
 func (s *Server) serveUDP(u *udpSocket) error {
-	f := fast{s: s}
+	f := newFast(s)
 	buf, written := make([]byte, readSize), make([]byte, 0, maxEDNSSize)
 	for {
 		n, session, err := dns.ReadFromSessionUDP(u.conn, buf)

@@ -125,7 +125,11 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 
 func (g *gate) dnsConfig() dnsfilter.Config {
 	c := dnsConfig(g.settings.DNS)
-	c.Decider, c.Observer, c.Logger = &g.store, g.observer, g.logger
+	c.Decider, c.Counter, c.Observer, c.Logger = &g.store, g.metrics, g.log, g.logger
+	c.Events = dnsfilter.Events(g.settings.Log.DNS)
+	if g.settings.Log.Format != string(eventlog.JSON) {
+		c.Observer = nil // the other formats have no lines for queries
+	}
 	return c
 }
 

@@ -4,7 +4,11 @@
 // unpack messages.
 package wire
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+
+	"sallyport/policy"
+)
 
 const (
 	headerSize = 12
@@ -36,8 +40,7 @@ const (
 // Counts is where in every message the numbers of records stand, after the ID and flags.
 const Counts = 4
 
-// A Query is one plain question: opcode QUERY, one name without compression, class
-// IN, and nothing beside it but an OPT record of EDNS version 0 without options.
+// A Query is one plain question: opcode QUERY, one [policy.WireName], class IN, and nothing beside it but an OPT record of EDNS version 0 without options.
 type Query struct {
 	Type    uint16 // QTYPE, never 0
 	EDNS    bool   // there is an OPT record (RFC 6891)
@@ -46,9 +49,12 @@ type Query struct {
 	CD      bool   // Checking Disabled (RFC 4035)
 	AD      bool   // Authentic Data is asked for (RFC 6840, section 5.7)
 
+	// Name is what is asked for, in lower case; parsed, so that it is a name.
+	Name policy.WireName
+
 	packet []byte
-	name   [maxName + keyTail]byte
-	size   int // of the name
+	size   int // of the name on the wire
+	key    [maxName + keyTail]byte
 }
 
 // Parse reads packet, which q borrows until the next Parse, and reports whether it
@@ -59,8 +65,8 @@ func (q *Query) Parse(packet []byte) bool {
 		binary.BigEndian.Uint32(packet[4:]) != 1<<16 || binary.BigEndian.Uint16(packet[8:]) != 0 || packet[10] != 0 || packet[11] > 1 {
 		return false
 	}
-	end := q.readName(packet[headerSize:])
-	if end == 0 || headerSize+end+4 > len(packet) {
+	end, err := q.Name.Parse(packet[headerSize:])
+	if err != nil || headerSize+end+4 > len(packet) {
 		return false
 	}
 	rest := packet[headerSize+end:]
@@ -77,46 +83,6 @@ func (q *Query) Parse(packet []byte) bool {
 	return len(rest) == 0
 }
 
-// readName copies the name at the beginning of p in lower case and returns its
-// size, 0 if it is none. Bytes of labels are at most 63, so none is taken for a letter.
-func (q *Query) readName(p []byte) int {
-	if len(p) > maxName {
-		p = p[:maxName]
-	}
-	for i := 0; i < len(p); {
-		n := int(p[i])
-		if n == 0 {
-			lower(q.name[:i+1], p)
-			return i + 1
-		}
-		if n > maxLabel {
-			return 0
-		}
-		i += n + 1
-	}
-	return 0
-}
-
-// lower fills dst with the first bytes of src, ASCII letters in lower case. It takes
-// eight bytes at a time.
-func lower(dst, src []byte) {
-	const ones = 0x0101010101010101
-	i := 0
-	for ; i+8 <= len(dst); i += 8 {
-		w := binary.LittleEndian.Uint64(src[i:])
-		low := w &^ (ones * 0x80)
-		upper := (low + ones*(0x80-'A')) &^ (low + ones*(0x80-'Z'-1)) &^ w & (ones * 0x80)
-		binary.LittleEndian.PutUint64(dst[i:], w|upper>>2)
-	}
-	for ; i < len(dst); i++ {
-		c := src[i]
-		if c-'A' < 26 {
-			c |= 0x20
-		}
-		dst[i] = c
-	}
-}
-
 // readOPT reads the OPT record that is p.
 func (q *Query) readOPT(p []byte) bool {
 	if p[0] != 0 || binary.BigEndian.Uint16(p[1:]) != typeOPT || p[6] != 0 || p[9] != 0 || p[10] != 0 {
@@ -126,16 +92,15 @@ func (q *Query) readOPT(p []byte) bool {
 	return true
 }
 
-// Name returns the name asked for in lower case, labels with their lengths and the
-// root at the end. It is valid until the next Parse.
-func (q *Query) Name() []byte { return q.name[:q.size:q.size] }
-
 // keyTail is what Key has beyond the name.
 const keyTail = 3
 
 // Key returns the name in lower case with the type and the bits that make it another
 // question to upstreams, as [AppendKey] does. It is valid until the next Parse.
-func (q *Query) Key() []byte { return AppendKey(q.name[:q.size], q.Type, q.DO, q.CD) }
+func (q *Query) Key() []byte { return AppendKey(q.AppendName(q.key[:0]), q.Type, q.DO, q.CD) }
+
+// AppendName appends the name in lower case.
+func (q *Query) AppendName(dst []byte) []byte { return append(dst, q.Name.Bytes()...) }
 
 // AppendKey appends to a name on the wire what makes it a key: the type, DO and CD.
 func AppendKey(name []byte, qtype uint16, do, cd bool) []byte {
@@ -163,12 +128,6 @@ func AppendName(dst []byte, text string) []byte {
 	}
 	dst[start] = byte(len(dst) - start - 1)
 	return append(dst, 0)
-}
-
-// AppendText appends the name asked for as the client spelt it: labels joined by
-// dots, without escapes and without a dot at the end.
-func (q *Query) AppendText(dst []byte) []byte {
-	return AppendText(dst, q.packet[headerSize:headerSize+q.size])
 }
 
 // AppendText appends a name on the wire as labels joined by dots, without escapes
