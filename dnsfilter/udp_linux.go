@@ -17,6 +17,7 @@ const (
 	batch      = 64      // packets read, and answered, with one system call
 	recvBuffer = 4 << 20 // bytes of queries that wait in the kernel, as far as it allows
 	oobSize    = 64      // bytes of control messages: the address asked
+	usualSize  = 512     // bytes of a query that is not unusually long
 )
 
 // A udpSocket is one of the sockets of an address. The kernel divides the clients
@@ -151,12 +152,15 @@ type udpReader struct {
 	failed error // of the socket
 
 	in, out     [batch]mmsghdr
-	inv, outv   [batch]unix.Iovec
+	inv         [batch][2]unix.Iovec
+	outv        [batch]unix.Iovec
 	msgs        [batch]message
 	outcomes    [batch]outcome
-	from        [batch]int // which query the answer is to
-	read        [batch][readSize]byte
-	written     [batch][maxEDNSSize + 512]byte
+	from        [batch]int                        // which query the answer is to
+	read        [batch][usualSize + 64]byte       // close together, but not so that they push each other out of the processor's cache
+	rest        [batch][readSize - usualSize]byte // of long queries
+	long        [readSize]byte                    // a long query as a whole
+	written     [batch * maxEDNSSize]byte         // answers, one after the other
 	sent, ready int
 }
 
@@ -164,10 +168,11 @@ type udpReader struct {
 func (s *Server) serveUDP(u *udpSocket) error {
 	r := &udpReader{s: s, u: u, fast: newFast(s)}
 	for i := range batch {
-		r.inv[i].Base = &r.read[i][0]
-		r.inv[i].SetLen(readSize)
-		r.in[i].hdr.Iov, r.out[i].hdr.Iov = &r.inv[i], &r.outv[i]
-		r.in[i].hdr.SetIovlen(1)
+		r.inv[i][0].Base, r.inv[i][1].Base = &r.read[i][0], &r.rest[i][0]
+		r.inv[i][0].SetLen(usualSize)
+		r.inv[i][1].SetLen(readSize - usualSize)
+		r.in[i].hdr.Iov, r.out[i].hdr.Iov = &r.inv[i][0], &r.outv[i]
+		r.in[i].hdr.SetIovlen(2)
 		r.out[i].hdr.SetIovlen(1)
 	}
 	for {
@@ -196,7 +201,7 @@ func (r *udpReader) receive(fd uintptr) bool {
 				h.SetControllen(oobSize)
 			}
 		}
-		n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&r.in)), batch, unix.MSG_DONTWAIT, 0, 0)
+		n, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&r.in)), batch, unix.MSG_DONTWAIT, 0, 0)
 		switch errno {
 		case 0:
 		case unix.EAGAIN:
@@ -220,13 +225,14 @@ func (r *udpReader) answer(fd uintptr, n int) {
 	now := r.s.cfg.Now()
 	r.s.resolver.refreshHosts()
 	r.ready = 0
+	used := 0 // of written; no answer is longer than maxEDNSSize
 	for i := range n {
 		m := &r.msgs[i]
 		m.namelen, m.ooblen = r.in[i].hdr.Namelen, int(r.in[i].hdr.Controllen)
 		m.reflect()
-		packet := r.read[i][:r.in[i].n]
+		packet := r.packet(i)
 		k := r.ready
-		p, ok := r.fast.answer(r.written[k][:0], packet, client{addr: m.addr(), udp: true}, now, &r.outcomes[k])
+		p, ok := r.fast.answer(r.written[used:used:used+maxEDNSSize], packet, client{addr: m.addr(), udp: true}, now, &r.outcomes[k])
 		if !ok {
 			r.s.answerLater(r.u, m, packet)
 			continue
@@ -239,6 +245,7 @@ func (r *udpReader) answer(fd uintptr, n int) {
 		h.SetControllen(m.ooblen)
 		r.from[k] = i
 		r.ready++
+		used += len(p)
 	}
 	for r.sent = 0; r.sent < r.ready; {
 		first := r.sent
@@ -253,11 +260,22 @@ func (r *udpReader) answer(fd uintptr, n int) {
 	}
 }
 
+// packet returns packet i, until the next.
+func (r *udpReader) packet(i int) []byte {
+	n := int(r.in[i].n)
+	if n <= usualSize {
+		return r.read[i][:n]
+	}
+	copy(r.long[:], r.read[i][:usualSize])
+	copy(r.long[usualSize:n], r.rest[i][:])
+	return r.long[:n]
+}
+
 // send sends answers from sent on, which it moves on by those that are sent. The
 // error is that of the next one.
 func (r *udpReader) send(fd uintptr) error {
 	for {
-		n, _, errno := unix.Syscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&r.out[r.sent])), uintptr(r.ready-r.sent), unix.MSG_DONTWAIT, 0, 0)
+		n, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&r.out[r.sent])), uintptr(r.ready-r.sent), unix.MSG_DONTWAIT, 0, 0)
 		switch errno {
 		case 0:
 			r.sent += int(n)
