@@ -90,6 +90,11 @@ func newEntry(k key, m *dns.Msg, now time.Time, bounds Cache) *entry {
 	if !ok {
 		return failedEntry(k, errors.New("aliases form a loop or are too many"), dns.ExtendedErrorCodeNoReachableAuthority, now)
 	}
+	for _, rr := range kept.Answer { // as message has it
+		if h := rr.Header(); strings.EqualFold(h.Name, k.fqdn()) {
+			h.Name = kept.Question[0].Name
+		}
+	}
 	ttl := clampTTLs(&kept, bounds)
 	wire, err := kept.Pack()
 	if err != nil {

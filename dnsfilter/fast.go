@@ -21,6 +21,8 @@ type fast struct {
 	text [256]byte // a name as events have it
 	key  [keySize + 17]byte
 	ev   event.Event
+
+	missed bool // of the last query: it was left because nothing is known of it
 }
 
 func newFast(s *Server) *fast {
@@ -35,15 +37,17 @@ type outcome struct {
 	d      policy.Decision
 	qtype  uint16
 	rcode  int
-	packed *packed // nil if there was no answer in it
-	tell   bool    // the Observer
-	name   int     // bytes of the name asked for in the packet
+	packed *packed       // nil if there was no answer in it
+	tell   bool          // the Observer
+	asked  time.Duration // how long others were asked
+	name   int           // bytes of the name asked for in the packet
 }
 
 // answer appends to dst the answer to packet and fills o, or returns false to leave
 // packet to Server.serve. It keeps neither. The client's way back is not used.
 func (f *fast) answer(dst, packet []byte, c client, now time.Time, o *outcome) ([]byte, bool) {
 	s, q := f.s, &f.q
+	f.missed = false
 	if !q.Parse(packet) || isMeta(q.Type) || q.Type == dns.TypeANY {
 		return dst, false
 	}
@@ -51,7 +55,7 @@ func (f *fast) answer(dst, packet []byte, c client, now time.Time, o *outcome) (
 	if _, own := s.recorded[string(q.Name.Bytes())]; own {
 		return dst, false
 	}
-	o.addr, o.qtype, o.packed, o.name = c.addr, q.Type, nil, len(q.Name.Bytes())
+	o.addr, o.qtype, o.packed, o.asked, o.name = c.addr, q.Type, nil, 0, len(q.Name.Bytes())
 	o.d = f.decide(req)
 	start := len(dst)
 	var ok bool
@@ -60,9 +64,15 @@ func (f *fast) answer(dst, packet []byte, c client, now time.Time, o *outcome) (
 	} else if dst, ok = f.cached(dst, req, c, now, o); !ok {
 		return dst[:start], false
 	}
-	o.tell = s.cfg.Observer != nil && s.cfg.Events.tell(&o.d) &&
-		(s.cfg.Events != EventsSample || o.d.Verdict != policy.Allow || s.sample.first(f.sampleKey(), c.addr.Addr(), o.rcode, now))
+	o.tell = f.tells(o, now)
 	return dst, true
+}
+
+// tells reports whether the Observer is to be told of a query that has been answered.
+func (f *fast) tells(o *outcome, now time.Time) bool {
+	c := f.s.cfg
+	return c.Observer != nil && c.Events.tell(&o.d) &&
+		(c.Events != EventsSample || o.d.Verdict != policy.Allow || f.s.sample.first(f.sampleKey(), o.addr.Addr(), o.rcode, now))
 }
 
 // decide decides req, whose name is the one asked for.
@@ -135,11 +145,22 @@ func (f *fast) cached(dst []byte, req policy.Request, c client, now time.Time, o
 		return dst, false
 	}
 	k := q.Key()
-	e, _, _ := s.resolver.cache.find(k, now)
+	e, stale, _ := s.resolver.cache.find(k, now)
 	if e == nil {
+		f.missed = stale == nil
 		return dst, false
 	}
-	p := s.packedOf(k, q.Type, e)
+	if dst, ok := f.known(dst, e, s.packedOf(k, q.Type, e), req, c, now, o); ok {
+		s.counts.hits.Add(1)
+		return dst, true
+	}
+	return dst, false
+}
+
+// known appends the answer that e, packed as p, is, unless req's source may not have
+// all of it.
+func (f *fast) known(dst []byte, e *entry, p *packed, req policy.Request, c client, now time.Time, o *outcome) ([]byte, bool) {
+	s, q := f.s, &f.q
 	if p == unpackable || p.leads && s.cfg.CNAMEs == CNAMEsInspect || !f.allPass(req, p) {
 		return dst, false
 	}
@@ -162,7 +183,6 @@ func (f *fast) cached(dst []byte, req policy.Request, c client, now time.Time, o
 	if q.EDNS {
 		dst = q.AppendOPT(dst, start, uint16(s.cfg.MaxUDPSize), 0, "")
 	}
-	s.counts.hits.Add(1)
 	return dst, true
 }
 
@@ -200,11 +220,10 @@ func (f *fast) observe(o *outcome, packet []byte, start time.Time, err error) {
 		Time: start, Kind: event.DNS, Listener: "dns", ID: s.nextID(),
 		Source: o.addr, Name: string(wire.AppendText(f.text[:0], packet[headerSize:headerSize+o.name])), Decision: o.d,
 		QType: typeName(o.qtype), RCode: rcodeNames[o.rcode&0xF],
-		Duration: s.cfg.Now().Sub(start),
+		Duration: s.cfg.Now().Sub(start), DNSTime: o.asked,
 	}
 	if o.packed != nil {
 		f.ev.Answers = o.packed.answers
-		f.ev.DNSTime = 0
 	}
 	if err != nil {
 		f.ev.Error = err.Error()

@@ -359,3 +359,44 @@ func TestSampler(t *testing.T) {
 		t.Errorf("%d events, want the denied ones", n)
 	}
 }
+
+// TestMissSaysTheSame holds what is answered to a question that nothing is known of
+// against the slow path.
+func TestMissSaysTheSame(t *testing.T) {
+	r := rand.New(rand.NewPCG(5, 6))
+	quick := 0
+	for _, c := range labConfigs() {
+		a, b := newLab(t, c), newLab(t, c)
+		for range 60 {
+			p, from := labQuery(t, r), labFroms[r.IntN(len(labFroms))]
+			c := client{addr: netip.AddrPortFrom(netip.MustParseAddr(from), 4711), udp: r.IntN(4) > 0}
+			var o outcome
+			if _, ok := a.quick.answer(nil, p, c, a.clock.now(), &o); ok || !a.quick.missed {
+				continue
+			}
+			got, want := new(answersTo), new(answersTo)
+			a.told.all, b.told.all = nil, nil
+			c.back = got
+			a.s.serveLater(context.Background(), c, p, true)
+			c.back = want
+			b.s.serve(context.Background(), c, p)
+			if !reflect.DeepEqual(got, want) {
+				t.Fatalf("%s: %x\ngot  %x\nwant %x", from, p, *got, *want)
+			}
+			ev, slow := a.told.all[0], b.told.all[0]
+			if slow.ID = ev.ID; len(ev.Answers)+len(slow.Answers) == 0 {
+				slow.Answers = ev.Answers
+			}
+			if !reflect.DeepEqual(ev, slow) || len(a.told.all) != 1 {
+				t.Fatalf("event\n%+v, otherwise\n%+v", ev, slow)
+			}
+			if misses := a.s.counts.misses.Load(); misses != b.s.counts.misses.Load() {
+				t.Fatalf("%d misses, otherwise %d", misses, b.s.counts.misses.Load())
+			}
+			quick++
+		}
+	}
+	if quick < 100 {
+		t.Errorf("only %d queries were for something unknown", quick)
+	}
+}

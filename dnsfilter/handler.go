@@ -163,15 +163,20 @@ func (s *Server) answer(ctx context.Context, qu *query, now time.Time) (*reply, 
 		rep = &reply{rcode: dns.RcodeServerFailure, ede: dns.ExtendedErrorCodeNotReady, err: err}
 	}
 	if !rep.local || !rep.next.IsZero() {
-		final := s.filter(rep, req, d)
-		if !final.Passes() && final.Reason != policy.ReasonPrivateDestination {
-			why := rep.err
-			rep = refusal(s.cfg.Deny, final, qu.q)
-			rep.err = why
-		}
-		d = final
+		rep, d = s.fit(rep, req, d, qu.q)
 	}
 	return rep, d, asked
+}
+
+// fit returns what req's source may have of rep, and the last decision taken.
+func (s *Server) fit(rep *reply, req policy.Request, d policy.Decision, q dns.Question) (*reply, policy.Decision) {
+	final := s.filter(rep, req, d)
+	if !final.Passes() && final.Reason != policy.ReasonPrivateDestination {
+		why := rep.err
+		rep = refusal(s.cfg.Deny, final, q)
+		rep.err = why
+	}
+	return rep, final
 }
 
 // decide decides req with the name set to what stands in a packet. A name that is

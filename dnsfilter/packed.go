@@ -3,6 +3,7 @@ package dnsfilter
 import (
 	"bytes"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/miekg/dns"
@@ -44,11 +45,13 @@ func (s *Server) packedOf(k []byte, qtype uint16, e *entry) *packed {
 	return e.packed.Load()
 }
 
-// pack makes of e what the slow path would. It takes as long as the slow path, once
-// for each entry that is asked for again.
+// pack makes of e what the slow path would.
 func (s *Server) pack(k []byte, qtype uint16, e *entry) *packed {
 	if e.err != nil || !e.next.IsZero() {
 		return unpackable
+	}
+	if p, ok := packPlain(e.wire); ok {
+		return p
 	}
 	p, rep := new(packed), e.reply(e.stored, false)
 	for _, rr := range rep.answer {
@@ -67,18 +70,44 @@ func (s *Server) pack(k []byte, qtype uint16, e *entry) *packed {
 	qu := &query{msg: new(dns.Msg).SetQuestion(name, qtype)}
 	qu.q = qu.msg.Question[0]
 	message, err := s.message(qu, rep).Pack()
-	if err != nil {
+	if err != nil || !wire.Records(message, func(r wire.Record) { p.ttls = append(p.ttls, uint16(r.TTL)) }) {
 		return unpackable
 	}
-	ttls, ok := wire.TTLs(message)
-	if !ok {
-		return unpackable
-	}
-	p.message, p.ttls, p.ad, p.answers = bytes.Clone(message), ttls, rep.ad, summary(rep.answer)
-	if bytes.Equal(message[wire.Counts:], e.wire[wire.Counts:]) && message[3]&0xF == e.wire[3]&0xF {
-		p.message = e.wire // nearly always: they differ in flags that each answer has its own of
-	}
+	p.message, p.ad, p.answers = bytes.Clone(message), rep.ad, summary(rep.answer)
 	return p
+}
+
+// packPlain is pack for a message that the slow path would pack just as newEntry did:
+// with addresses and aliases, in which nothing changes as long as they pass, and the
+// SOA of negative answers.
+func packPlain(message []byte) (*packed, bool) {
+	p, plain := &packed{message: message, ad: message[3]&0x20 != 0}, true
+	ok := wire.Records(message, func(r wire.Record) {
+		data := message[r.Data:r.End]
+		switch {
+		case r.Answer && (r.Type == dns.TypeA || r.Type == dns.TypeAAAA):
+			a, ok := netip.AddrFromSlice(data)
+			plain = plain && ok
+			p.addrs = append(p.addrs, a.Unmap())
+			p.answer(a.Unmap().String())
+		case r.Answer && r.Type == dns.TypeCNAME:
+			target, _, err := dns.UnpackDomainName(message, r.Data)
+			plain = plain && err == nil
+			p.leads = true // or to itself, which is seen on the slow path
+			p.answer(strings.TrimSuffix(target, "."))
+		case r.Answer || r.Type != dns.TypeSOA:
+			plain = false
+		}
+		p.ttls = append(p.ttls, uint16(r.TTL))
+	})
+	return p, ok && plain && len(p.addrs) <= maxPackedAddrs
+}
+
+// answer adds to what an Event says.
+func (p *packed) answer(what string) {
+	if len(p.answers) < maxAnswers {
+		p.answers = append(p.answers, what)
+	}
 }
 
 // size is what p takes beside e, in bytes.

@@ -39,6 +39,7 @@ type Server struct {
 	inFlight atomic.Int64  // UDP queries under way
 	conns    conns
 	recorded map[string]struct{} // names on the wire that have records
+	idle     *sync.Pool          // of *slowFast
 	sample   *sampler            // nil unless Config.Events asks for it
 	slow     sync.WaitGroup      // UDP queries under way
 
@@ -58,6 +59,7 @@ type Server struct {
 func NewServer(r *Resolver) *Server {
 	s := &Server{resolver: r, cfg: &r.cfg, counts: &r.counts,
 		down: make(chan struct{}), finished: make(chan struct{})}
+	s.idle = s.newIdle()
 	s.recorded = make(map[string]struct{})
 	for name := range r.records {
 		s.recorded[string(wire.AppendName(nil, name.String()))] = struct{}{}

@@ -51,10 +51,11 @@ func (s *Server) serveConn(c net.Conn) {
 // A session is a connection that queries come in by. Its methods are for one
 // goroutine, but for send.
 type session struct {
-	s      *Server
-	conn   net.Conn
-	client client
-	fast   *fast
+	s       *Server
+	conn    net.Conn
+	client  client
+	fast    *fast
+	outcome outcome
 
 	in        []byte // read, and to be answered from next on
 	next, end int
@@ -138,13 +139,12 @@ func (t *session) fill() bool {
 // under way.
 func (t *session) serve(packet []byte) {
 	start := len(t.out)
-	var o outcome
 	t.out = append(t.out, 0, 0)
 	t.s.resolver.refreshHosts()
-	if answered, ok := t.fast.answer(t.out, packet, t.client, t.now, &o); ok {
+	if answered, ok := t.fast.answer(t.out, packet, t.client, t.now, &t.outcome); ok {
 		t.out = answered
 		binary.BigEndian.PutUint16(t.out[start:], uint16(len(t.out)-start-2))
-		t.fast.observe(&o, packet, t.now, nil)
+		t.fast.observe(&t.outcome, packet, t.now, nil)
 		return
 	}
 	t.out = t.out[:start]
@@ -163,16 +163,17 @@ func (t *session) serve(packet []byte) {
 		t.slots <- struct{}{} // every query under way ends
 	}
 	query := append([]byte(nil), packet...)
-	t.slow.Go(func() { t.serveSlow(t.s.life, query) })
+	missed := t.fast.missed
+	t.slow.Go(func() { t.serveSlow(t.s.life, query, missed) })
 }
 
 // serveSlow answers one query while others are read.
-func (t *session) serveSlow(ctx context.Context, packet []byte) {
+func (t *session) serveSlow(ctx context.Context, packet []byte, missed bool) {
 	defer func() {
 		t.s.inFlight.Add(-1)
 		<-t.slots
 	}()
-	t.s.serve(ctx, t.client, packet)
+	t.s.serveLater(ctx, t.client, packet, missed)
 }
 
 // flush sends the answers that are ready, in one write, and reports whether it could.

@@ -234,7 +234,7 @@ func (r *udpReader) answer(fd uintptr, n int) {
 		k := r.ready
 		p, ok := r.fast.answer(r.written[used:used:used+maxEDNSSize], packet, client{addr: m.addr(), udp: true}, now, &r.outcomes[k])
 		if !ok {
-			r.s.answerLater(r.u, m, packet)
+			r.s.answerLater(r.u, m, packet, r.fast.missed)
 			continue
 		}
 		r.outv[k].Base = &p[0]
@@ -305,6 +305,7 @@ type udpQuery struct {
 	u      *udpSocket
 	m      message
 	size   int
+	missed bool // as in fast
 	packet [readSize]byte
 }
 
@@ -312,14 +313,14 @@ var udpQueries = sync.Pool{New: func() any { return new(udpQuery) }}
 
 // answerLater has a copy of packet answered by another goroutine, or drops it if too
 // many are under way.
-func (s *Server) answerLater(u *udpSocket, m *message, packet []byte) {
+func (s *Server) answerLater(u *udpSocket, m *message, packet []byte, missed bool) {
 	if s.inFlight.Add(1) > maxInFlight {
 		s.inFlight.Add(-1)
 		s.counts.dropped.Add(1)
 		return
 	}
 	q := udpQueries.Get().(*udpQuery)
-	q.u, q.m, q.size = u, *m, copy(q.packet[:], packet)
+	q.u, q.m, q.size, q.missed = u, *m, copy(q.packet[:], packet), missed
 	s.slow.Add(1)
 	go s.answerUDP(q)
 }
@@ -327,7 +328,7 @@ func (s *Server) answerLater(u *udpSocket, m *message, packet []byte) {
 func (s *Server) answerUDP(q *udpQuery) {
 	defer s.slow.Done()
 	defer s.inFlight.Add(-1)
-	s.serve(s.life, client{addr: q.m.addr(), udp: true, back: q}, q.packet[:q.size])
+	s.serveLater(s.life, client{addr: q.m.addr(), udp: true, back: q}, q.packet[:q.size], q.missed)
 	udpQueries.Put(q)
 }
 

@@ -28,6 +28,7 @@ type udpQuery struct {
 	u       *udpSocket
 	session *dns.SessionUDP
 	addr    netip.AddrPort
+	missed  bool // as in fast
 	packet  []byte
 }
 
@@ -57,7 +58,7 @@ func (s *Server) serveUDP(u *udpSocket) error {
 			s.counts.dropped.Add(1)
 			continue
 		}
-		q.packet = append(q.packet, buf[:n]...)
+		q.packet, q.missed = append(q.packet, buf[:n]...), f.missed
 		s.slow.Add(1)
 		go s.answerUDP(q)
 	}
@@ -66,7 +67,7 @@ func (s *Server) serveUDP(u *udpSocket) error {
 func (s *Server) answerUDP(q *udpQuery) {
 	defer s.slow.Done()
 	defer s.inFlight.Add(-1)
-	s.serve(s.life, client{addr: q.addr, udp: true, back: q}, q.packet)
+	s.serveLater(s.life, client{addr: q.addr, udp: true, back: q}, q.packet, q.missed)
 }
 
 // send implements the way back of a client.

@@ -37,9 +37,6 @@ const (
 	maskRcode = 0x0F
 )
 
-// Counts is where in every message the numbers of records stand, after the ID and flags.
-const Counts = 4
-
 // A Query is one plain question: opcode QUERY, one [policy.WireName], class IN, and nothing beside it but an OPT record of EDNS version 0 without options.
 type Query struct {
 	Type    uint16 // QTYPE, never 0
@@ -221,29 +218,40 @@ func (q *Query) AppendOPT(dst []byte, start int, size, ede uint16, text string) 
 	return dst
 }
 
-// TTLs returns where the TTLs of all records of a message without OPT are, false if
-// it is none, has another number of questions than one, or records beyond 64 KiB.
-func TTLs(message []byte) (offsets []uint16, ok bool) {
+// A Record is where one record of a message is.
+type Record struct {
+	Answer    bool   // it is in the answer section
+	Type      uint16 // such as 1 for A
+	TTL       int    // offset
+	Data, End int    // offsets of RDATA
+}
+
+// Records calls visit for every record of a message. It returns false if that is none,
+// if it has another number of questions than one, or is longer than a message can be;
+// some records may have been visited by then.
+func Records(message []byte, visit func(Record)) bool {
 	if len(message) < headerSize || len(message) > 1<<16-1 || binary.BigEndian.Uint16(message[4:]) != 1 {
-		return nil, false
+		return false
 	}
-	records := 0
-	for _, at := range []int{6, 8, 10} {
-		records += int(binary.BigEndian.Uint16(message[at:]))
-	}
+	answers := int(binary.BigEndian.Uint16(message[6:]))
+	records := answers + int(binary.BigEndian.Uint16(message[8:])) + int(binary.BigEndian.Uint16(message[10:]))
 	at := skipName(message, headerSize)
 	if at == 0 || at+4 > len(message) {
-		return nil, false
+		return false
 	}
 	at += 4
-	for range records { // each takes at least 11 bytes, or the loop ends
+	for i := range records { // each takes at least 11 bytes, or the loop ends
 		if at = skipName(message, at); at == 0 || at+10 > len(message) {
-			return nil, false
+			return false
 		}
-		offsets = append(offsets, uint16(at+4))
-		at += 10 + int(binary.BigEndian.Uint16(message[at+8:]))
+		r := Record{Answer: i < answers, Type: binary.BigEndian.Uint16(message[at:]), TTL: at + 4, Data: at + 10}
+		r.End = r.Data + int(binary.BigEndian.Uint16(message[at+8:]))
+		if at = r.End; at > len(message) {
+			return false
+		}
+		visit(r)
 	}
-	return offsets, at == len(message)
+	return at == len(message)
 }
 
 // skipName returns where the name at the offset at ends, 0 if it does not.

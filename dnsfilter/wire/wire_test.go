@@ -153,9 +153,14 @@ func TestResponses(t *testing.T) {
 	}
 	stored.Answer = alias("www.ok.test.", 60)
 	message := pack(t, stored)
-	ttls, ok := TTLs(message)
-	if !ok || len(ttls) != 2 {
-		t.Fatalf("TTLs() = %v, %v", ttls, ok)
+	var ttls []uint16
+	var seen []Record
+	ok := Records(message, func(r Record) {
+		ttls, seen = append(ttls, uint16(r.TTL)), append(seen, r)
+	})
+	if !ok || len(seen) != 2 || seen[0].Type != dns.TypeCNAME || seen[1].Type != dns.TypeA || !seen[1].Answer ||
+		!bytes.Equal(message[seen[1].Data:seen[1].End], []byte{192, 0, 2, 1}) {
+		t.Fatalf("Records() = %+v, %v", seen, ok)
 	}
 	whole := reply()
 	whole.Rcode, whole.AuthenticatedData = dns.RcodeNameError, true
@@ -172,20 +177,21 @@ func TestResponses(t *testing.T) {
 	check("truncated", got.AppendOPT(got.AppendTruncated(before, message, true), 6, 1400, 0, ""), opt(whole))
 }
 
-func TestTTLsOfNoMessage(t *testing.T) {
+func TestRecordsOfNoMessage(t *testing.T) {
 	m := ask("ok.test.", dns.TypeA)
 	m.Answer = []dns.RR{&dns.A{Hdr: dns.RR_Header{Name: "ok.test.", Rrtype: dns.TypeA, Class: 1}, A: net.IPv4zero}}
 	p := pack(t, m)
-	if _, ok := TTLs(p); !ok {
+	ignore := func(Record) {}
+	if ok := Records(p, ignore); !ok {
 		t.Fatal("a message is none")
 	}
 	for n := range p {
-		if _, ok := TTLs(p[:n]); ok {
+		if ok := Records(p[:n], ignore); ok {
 			t.Errorf("the first %d bytes of a message are one", n)
 		}
 	}
 	for _, bad := range [][]byte{append(bytes.Clone(p), 0), edit(p, 5, 2), edit(p, 7, 2), edit(p, 12, 64)} {
-		if _, ok := TTLs(bad); ok {
+		if ok := Records(bad, ignore); ok {
 			t.Errorf("%x is a message", bad)
 		}
 	}
