@@ -374,7 +374,7 @@ func TestMissSaysTheSame(t *testing.T) {
 			if _, ok := a.quick.answer(nil, p, c, a.clock.now(), &o); ok || !a.quick.missed {
 				continue
 			}
-			got, want := new(answersTo), new(answersTo)
+			got, want, before := new(answersTo), new(answersTo), a.looked()
 			a.told.all, b.told.all = nil, nil
 			c.back = got
 			a.s.serveLater(context.Background(), c, p, true)
@@ -390,9 +390,12 @@ func TestMissSaysTheSame(t *testing.T) {
 			if !reflect.DeepEqual(ev, slow) || len(a.told.all) != 1 {
 				t.Fatalf("event\n%+v, otherwise\n%+v", ev, slow)
 			}
-			if misses := a.s.counts.misses.Load(); misses != b.s.counts.misses.Load() {
-				t.Fatalf("%d misses, otherwise %d", misses, b.s.counts.misses.Load())
+			// The first alias of a chain that the upstream leaves open counts as a hit here.
+			if n := a.looked() - before; n != b.looked() {
+				t.Fatalf("%d look-ups in the cache, otherwise %d", n, b.looked())
 			}
+			b.s.counts.hits.Store(0)
+			b.s.counts.misses.Store(0)
 			quick++
 		}
 	}
@@ -400,3 +403,6 @@ func TestMissSaysTheSame(t *testing.T) {
 		t.Errorf("only %d queries were for something unknown", quick)
 	}
 }
+
+// looked returns how often the cache has been looked into.
+func (l *lab) looked() uint64 { return l.s.counts.hits.Load() + l.s.counts.misses.Load() }
