@@ -1,7 +1,6 @@
 package eventlog
 
 import (
-	"bytes"
 	"net/netip"
 	"strconv"
 	"sync"
@@ -46,6 +45,8 @@ func (w *Writer) Observe(ev *event.Event) {
 	switch {
 	case ev.Kind == event.Config:
 		w.observeConfig(ev)
+	case w.format == JSON && ev.Kind == event.DNS:
+		w.observeQuery(ev)
 	case w.format == JSON:
 		w.observeJSON(ev)
 	case ev.Kind == event.DNS: // neither format knows DNS
@@ -148,25 +149,14 @@ func hello(e *zerolog.Event, ev *event.Event) {
 
 // millis writes d in milliseconds, to the microsecond.
 func millis(e *zerolog.Event, key string, d time.Duration) {
-	us := max(d, 0).Microseconds()
 	var b [24]byte
-	n := strconv.AppendInt(b[:0], us/1000, 10)
-	if f := us % 1000; f != 0 {
-		n = append(n, '.', byte('0'+f/100), byte('0'+f/10%10), byte('0'+f%10))
-		n = bytes.TrimRight(n, "0")
-	}
-	e.RawJSON(key, n)
+	e.RawJSON(key, appendMillis(b[:0], d))
 }
 
 // appendTime writes t in RFC 3339 with milliseconds, in UTC.
 func appendTime(e *zerolog.Event, t time.Time) {
-	t = t.UTC()
 	var b [40]byte
-	q := append(b[:0], '"')
-	q = t.AppendFormat(q, time.RFC3339) // this layout has a fast path
-	ms := t.Nanosecond() / 1_000_000
-	q = append(q[:len(q)-1], '.', byte('0'+ms/100), byte('0'+ms/10%10), byte('0'+ms%10), 'Z', '"')
-	e.RawJSON("time", q)
+	e.RawJSON("time", appendStamp(b[:0], t))
 }
 
 func address(e *zerolog.Event, key string, a netip.Addr) {
@@ -202,14 +192,7 @@ func list(e *zerolog.Event, key string, items []string, most, limit int) {
 		return
 	}
 	b := getScratch()
-	q := append((*b)[:0], '[')
-	for i, s := range items[:min(len(items), most)] {
-		if i > 0 {
-			q = append(q, ',')
-		}
-		q = appendQuoted(q, s, limit)
-	}
-	q = append(q, ']')
+	q := appendList((*b)[:0], items, most, limit)
 	e.RawJSON(key, q)
 	putScratch(b, q)
 }
