@@ -18,7 +18,7 @@ type fast struct {
 	s    *Server
 	wire WireDecider // Config.Decider, or nil
 	q    wire.Query
-	text [256]byte // a name as events have it
+	text [256 + 16]byte // a name as events have it, and an ID
 	key  [keySize + 17]byte
 	ev   event.Event
 
@@ -28,6 +28,7 @@ type fast struct {
 func newFast(s *Server) *fast {
 	f := &fast{s: s}
 	f.wire, _ = s.cfg.Decider.(WireDecider)
+	f.ev.Kind, f.ev.Listener = event.DNS, "dns"
 	return f
 }
 
@@ -207,8 +208,9 @@ func (f *fast) nodata(dst []byte, o *outcome) []byte {
 	return dst
 }
 
-// observe counts a query that has been answered, and tells the Observer of it.
-func (f *fast) observe(o *outcome, packet []byte, start time.Time, err error) {
+// observe counts a query that has been answered by the time end, and tells the
+// Observer of it.
+func (f *fast) observe(o *outcome, packet []byte, start, end time.Time, err error) {
 	s := f.s
 	if s.cfg.Counter != nil {
 		s.cfg.Counter.CountQuery(&o.d, o.qtype, o.rcode)
@@ -216,19 +218,21 @@ func (f *fast) observe(o *outcome, packet []byte, start time.Time, err error) {
 	if !o.tell {
 		return
 	}
-	f.ev = event.Event{
-		Time: start, Kind: event.DNS, Listener: "dns", ID: s.nextID(),
-		Source: o.addr, Name: string(wire.AppendText(f.text[:0], packet[headerSize:headerSize+o.name])), Decision: o.d,
-		QType: typeName(o.qtype), RCode: rcodeNames[o.rcode&0xF],
-		Duration: s.cfg.Now().Sub(start), DNSTime: o.asked,
-	}
+	// The two strings of the event, which an Observer may keep, in one allocation.
+	text := wire.AppendText(f.text[:0], packet[headerSize:headerSize+o.name])
+	name := len(text)
+	both := string(s.appendID(text))
+	ev := &f.ev // whose other fields never change
+	ev.Time, ev.ID, ev.Source, ev.Name, ev.Decision = start, both[name:], o.addr, both[:name], o.d
+	ev.QType, ev.RCode, ev.Answers, ev.Error = typeName(o.qtype), rcodeNames[o.rcode&0xF], nil, ""
+	ev.DNSTime, ev.Duration = o.asked, end.Sub(start)
 	if o.packed != nil {
-		f.ev.Answers = o.packed.answers
+		ev.Answers = o.packed.answers
 	}
 	if err != nil {
-		f.ev.Error = err.Error()
+		ev.Error = err.Error()
 	}
-	s.cfg.Observer.Observe(&f.ev)
+	s.cfg.Observer.Observe(ev)
 }
 
 // rcodeNames are the response codes of the header.
@@ -241,6 +245,14 @@ var rcodeNames = func() (names [16]string) {
 
 // typeName returns the name of a type as events have it.
 func typeName(t uint16) string {
+	switch t { // nearly all
+	case dns.TypeA:
+		return "A"
+	case dns.TypeAAAA:
+		return "AAAA"
+	case dns.TypeHTTPS:
+		return "HTTPS"
+	}
 	if name, ok := dns.TypeToString[t]; ok {
 		return name
 	}

@@ -146,7 +146,7 @@ func (l *lab) both(t *testing.T, packet []byte, from string, udp bool) *event.Ev
 	if o.packed != nil && o.packed.message != nil && l.s.counts.hits.Load() != hits+1 {
 		t.Fatalf("%x is answered at once but was not in the cache", packet)
 	}
-	l.quick.observe(&o, packet, now, nil)
+	l.quick.observe(&o, packet, now, now, nil)
 	if len(l.told.all) != 2 {
 		t.Fatalf("%d events", len(l.told.all))
 	}
@@ -277,7 +277,7 @@ func TestFastPathDoesNotAllocate(t *testing.T) {
 				if _, ok := l.quick.answer(buf[:0], p, c, l.clock.now(), &o); !ok {
 					t.Fatalf("%s is not answered at once", name)
 				}
-				l.quick.observe(&o, p, l.clock.now(), nil)
+				l.quick.observe(&o, p, l.clock.now(), l.clock.now(), nil)
 			})
 			if n != 0 {
 				t.Errorf("%s: %v allocations", name, n)
@@ -328,7 +328,7 @@ func TestSampler(t *testing.T) {
 			c := client{addr: netip.AddrPortFrom(netip.MustParseAddr(from), 4711), udp: true, back: new(answersTo)}
 			var o outcome
 			if _, ok := l.quick.answer(nil, p, c, l.clock.now(), &o); ok {
-				l.quick.observe(&o, p, l.clock.now(), nil)
+				l.quick.observe(&o, p, l.clock.now(), l.clock.now(), nil)
 			} else {
 				l.s.serve(context.Background(), c, p)
 			}

@@ -301,7 +301,7 @@ func (s *Server) observe(qu *query, rep *reply, d policy.Decision, start time.Ti
 		return
 	}
 	ev := event.Event{
-		Time: start, Kind: event.DNS, Listener: "dns", ID: s.nextID(),
+		Time: start, Kind: event.DNS, Listener: "dns", ID: string(s.appendID(nil)),
 		Source: qu.addr, Name: qu.q.Name, Decision: d,
 		QType: dns.Type(qu.q.Qtype).String(), RCode: dns.RcodeToString[rep.rcode],
 		Answers: summary(rep.answer), DNSTime: asked, Duration: s.cfg.Now().Sub(start),
@@ -329,8 +329,10 @@ func (s *Server) tells(qu *query, rcode int, d *policy.Decision, now time.Time) 
 	return s.sample.first(k.appendWire(buf[:0]), qu.addr.Addr(), rcode, now)
 }
 
-// nextID returns the ID of an Event.
-func (s *Server) nextID() string { return "d" + strconv.FormatUint(s.serial.Add(1), 36) }
+// appendID appends the ID of an Event.
+func (s *Server) appendID(dst []byte) []byte {
+	return strconv.AppendUint(append(dst, 'd'), s.serial.Add(1), 36)
+}
 
 // summary returns the addresses and names answered, not all of them if they are many.
 func summary(answer []dns.RR) []string {

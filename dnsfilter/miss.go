@@ -52,7 +52,7 @@ func (s *Server) fetch(ctx context.Context, c client, packet []byte) bool {
 	if p, ok := f.known(f.buf[:0], e, s.packedOf(q.Key(), q.Type, e), req, c, now, o); ok {
 		err = c.back.send(p)
 		o.tell = f.tells(o, start)
-		f.observe(o, packet, start, err)
+		f.observe(o, packet, start, now, err)
 		return true
 	}
 	m := new(dns.Msg)

@@ -144,7 +144,7 @@ func (t *session) serve(packet []byte) {
 	if answered, ok := t.fast.answer(t.out, packet, t.client, t.now, &t.outcome); ok {
 		t.out = answered
 		binary.BigEndian.PutUint16(t.out[start:], uint16(len(t.out)-start-2))
-		t.fast.observe(&t.outcome, packet, t.now, nil)
+		t.fast.observe(&t.outcome, packet, t.now, t.now, nil)
 		return
 	}
 	t.out = t.out[:start]

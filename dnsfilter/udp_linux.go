@@ -250,11 +250,12 @@ func (r *udpReader) answer(fd uintptr, n int) {
 	for r.sent = 0; r.sent < r.ready; {
 		first := r.sent
 		err := r.send(fd)
+		end := r.s.cfg.Now()
 		for k := first; k < r.sent; k++ {
-			r.fast.observe(&r.outcomes[k], r.read[r.from[k]][:], now, nil)
+			r.fast.observe(&r.outcomes[k], r.read[r.from[k]][:], now, end, nil)
 		}
 		if err != nil {
-			r.fast.observe(&r.outcomes[r.sent], r.read[r.from[r.sent]][:], now, err)
+			r.fast.observe(&r.outcomes[r.sent], r.read[r.from[r.sent]][:], now, end, err)
 			r.sent++
 		}
 	}

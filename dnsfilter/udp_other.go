@@ -50,7 +50,8 @@ func (s *Server) serveUDP(u *udpSocket) error {
 		var o outcome
 		now := s.cfg.Now()
 		if answer, ok := f.answer(written, buf[:n], client{addr: q.addr, udp: true}, now, &o); ok {
-			f.observe(&o, buf[:n], now, q.send(answer))
+			err := q.send(answer)
+			f.observe(&o, buf[:n], now, s.cfg.Now(), err)
 			continue
 		}
 		if s.inFlight.Add(1) > maxInFlight {
