@@ -16,8 +16,9 @@ const (
 	keySize       = 255 + 3          // bytes of a key on the wire, at most
 )
 
-// A cache remembers entries within a bound in bytes. The least recently used go
-// first. It is sharded by name, so that queries seldom wait for each other.
+// A cache remembers entries within a bound in bytes. Those go first that were not used
+// since they were last looked at with that in mind, as far as there are such (the clock
+// algorithm). It is sharded by name, so that queries seldom wait for each other.
 type cache struct {
 	seed    maphash.Seed
 	stale   time.Duration // how long entries stay useful after they expired
@@ -28,18 +29,19 @@ type cache struct {
 type shard struct {
 	mu    sync.Mutex       // guards what follows
 	nodes map[string]*node // by key.wire
-	used  node             // before the most recently used node, and after the least
+	ring  node             // before the node that came last, and after the one to look at next
 	bytes int64
 	limit int64
 }
 
 // A node is a cached entry with what changes about it.
 type node struct {
-	k          string
 	e          *entry
+	used       bool      // since it was linked
 	retry      time.Time // a stale entry is not refreshed before
-	cost       int64     // bytes
-	prev, next *node     // those used just after, and just before
+	k          string
+	cost       int64 // bytes
+	prev, next *node // those linked just after, and just before
 }
 
 func newCache(c Cache) *cache {
@@ -47,7 +49,7 @@ func newCache(c Cache) *cache {
 	for i := range cc.shards {
 		s := &cc.shards[i]
 		s.nodes, s.limit = make(map[string]*node), c.Size/cacheShards
-		s.used.prev, s.used.next = &s.used, &s.used
+		s.ring.prev, s.ring.next = &s.ring, &s.ring
 	}
 	return cc
 }
@@ -79,10 +81,10 @@ func (c *cache) find(k []byte, now time.Time) (fresh, stale *entry, retry bool) 
 	}
 	switch {
 	case now.Before(n.e.expires):
-		s.touch(n)
+		n.used = true
 		return n.e, nil, false
 	case n.e.err == nil && now.Before(n.e.expires.Add(c.stale)):
-		s.touch(n)
+		n.used = true
 		return nil, n.e, !now.Before(n.retry)
 	}
 	s.remove(n)
@@ -126,32 +128,36 @@ func (c *cache) grow(k []byte, e *entry, bytes int64) {
 	}
 }
 
-// shrink forgets what was not used for longest until s is within its limit. The
+// shrink forgets what is not used until s is within its limit. The
 // caller holds s.mu.
 func (c *cache) shrink(s *shard) {
 	for s.bytes > s.limit {
-		s.remove(s.used.prev)
+		n := s.ring.prev
+		if n.used { // which can be so once for each node
+			n.used = false
+			n.unlink()
+			s.link(n)
+			continue
+		}
+		s.remove(n)
 		c.evicted.Add(1)
 	}
 }
 
-// link makes n the most recently used. The caller holds mu, as for those below.
+// link makes n the last to be looked at. The caller holds mu, as for those below.
 func (s *shard) link(n *node) {
-	n.prev, n.next = &s.used, s.used.next
+	n.prev, n.next = &s.ring, s.ring.next
 	n.prev.next, n.next.prev = n, n
 }
 
-func (s *shard) touch(n *node) {
-	if s.used.next != n {
-		n.prev.next, n.next.prev = n.next, n.prev
-		s.link(n)
-	}
+func (n *node) unlink() {
+	n.prev.next, n.next.prev = n.next, n.prev
+	n.prev, n.next = nil, nil
 }
 
 // remove forgets n.
 func (s *shard) remove(n *node) {
-	n.prev.next, n.next.prev = n.next, n.prev
-	n.prev, n.next = nil, nil
+	n.unlink()
 	delete(s.nodes, n.k)
 	s.bytes -= n.cost
 }

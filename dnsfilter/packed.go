@@ -15,7 +15,7 @@ import (
 const maxPackedAddrs = 32
 
 // packedOverhead is what a packed takes, in bytes, beside its slices.
-const packedOverhead = 160
+const packedOverhead = 200
 
 // A packed is an entry ready to be sent: the bytes that message and Pack would make
 // of it for a source whose addresses all pass, and what has to be known to tell. It
@@ -27,6 +27,15 @@ type packed struct {
 	leads   bool         // to other names, which inspect decides
 	ad      bool         // as in reply
 	answers []string     // as in an Event
+
+	ttl  [4]uint16 // room for the first few, close by
+	addr [2]netip.Addr
+}
+
+func newPacked() *packed {
+	p := new(packed)
+	p.ttls, p.addrs = p.ttl[:0], p.addr[:0]
+	return p
 }
 
 // unpackable stands for entries that the fast path leaves alone.
@@ -53,7 +62,7 @@ func (s *Server) pack(k []byte, qtype uint16, e *entry) *packed {
 	if p, ok := packPlain(e.wire); ok {
 		return p
 	}
-	p, rep := new(packed), e.reply(e.stored, false)
+	p, rep := newPacked(), e.reply(e.stored, false)
 	for _, rr := range rep.answer {
 		if _, leads := leadsTo(rr); leads {
 			p.leads = true
@@ -81,7 +90,8 @@ func (s *Server) pack(k []byte, qtype uint16, e *entry) *packed {
 // with addresses and aliases, in which nothing changes as long as they pass, and the
 // SOA of negative answers.
 func packPlain(message []byte) (*packed, bool) {
-	p, plain := &packed{message: message, ad: message[3]&0x20 != 0}, true
+	p, plain := newPacked(), true
+	p.message, p.ad = message, message[3]&0x20 != 0
 	ok := wire.Records(message, func(r wire.Record) {
 		data := message[r.Data:r.End]
 		switch {

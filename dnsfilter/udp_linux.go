@@ -216,6 +216,7 @@ func (r *udpReader) receive(fd uintptr) bool {
 		if n < batch { // the queue was empty: what comes from now on wakes this up
 			return false
 		}
+		runtime.Gosched() // queries that take longer, and who writes the log, have their turn under load too
 	}
 	return true
 }
