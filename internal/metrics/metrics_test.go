@@ -209,3 +209,24 @@ func BenchmarkObserve(b *testing.B) {
 		m.Observe(ev)
 	}
 }
+
+// A query counts alike by its numbers and by the Event of it.
+func TestCountQuery(t *testing.T) {
+	types := map[uint16]string{1: "A", 28: "AAAA", 65: "HTTPS", 64: "SVCB", 5: "CNAME", 16: "TXT", 33: "SRV", 15: "MX", 2: "NS", 6: "SOA", 12: "PTR", 257: "CAA",
+		43: "DS", 48: "DNSKEY", 35: "NAPTR", 52: "TLSA", 44: "SSHFP", 256: "URI", 10: "NULL", 255: "ANY", 252: "AXFR", 251: "IXFR", 0: "TYPE0", 3: "MD", 65400: "TYPE65400"}
+	codes := map[int]string{0: "NOERROR", 1: "FORMERR", 2: "SERVFAIL", 3: "NXDOMAIN", 4: "NOTIMP", 5: "REFUSED", 16: "BADVERS", 6: "YXDOMAIN", -1: "", 4095: "RCODE4095"}
+	a, b := New(Options{}), New(Options{})
+	a.SetPolicy("r1", []string{"ci"})
+	b.SetPolicy("r1", []string{"ci"})
+	for number, name := range types {
+		for code, text := range codes {
+			ev := query(name, text)
+			ev.Decision.Verdict = policy.Verdict(number % 3)
+			a.Observe(ev)
+			b.CountQuery(&ev.Decision, number, code)
+			if x, y := scrape(t, a), scrape(t, b); !maps.Equal(x, y) {
+				t.Fatalf("%s %s:\n%v\n%v", name, text, x, y)
+			}
+		}
+	}
+}
