@@ -37,6 +37,14 @@ type Config struct {
 	// TCP for truncated answers. Empty: the name servers of ResolvConf.
 	Upstreams []string
 
+	// UpstreamMode says which of several upstreams is asked first; "" is UpstreamsSequential.
+	UpstreamMode UpstreamMode
+
+	// CaseRandomisation sends names over UDP with letters in random case and ignores
+	// answers that do not repeat it (draft-vixie-dnsext-dns0x20), which makes forged ones
+	// rarer still. Nothing is heard then of a server that does not keep the case.
+	CaseRandomisation bool
+
 	// ResolvConf is read for upstreams if there are none, and again when it changes;
 	// "" is /etc/resolv.conf. Its search list and options are ignored.
 	ResolvConf string
@@ -85,6 +93,16 @@ type Cache struct {
 	MaxTTL     time.Duration // longer TTLs are cut to it; 0 is 24 hours
 	ServeStale time.Duration // how long after its TTL an answer may stand in for a failed upstream (RFC 8767); 0: never
 }
+
+// UpstreamMode says which of several upstreams is asked first. Those that failed
+// lately always come after the others, those that are down last.
+type UpstreamMode string
+
+// The orders in which upstreams are asked.
+const (
+	UpstreamsSequential UpstreamMode = "sequential" // as they are listed
+	UpstreamsFastest    UpstreamMode = "fastest"    // by smoothed round-trip time; one question in 32 goes to another, to know its time
+)
 
 // Denial is how a refusal looks to clients.
 type Denial string
@@ -137,6 +155,9 @@ func (c Config) withDefaults() Config {
 	if c.HTTPSRecords == "" {
 		c.HTTPSRecords = HTTPSStripECH
 	}
+	if c.UpstreamMode == "" {
+		c.UpstreamMode = UpstreamsSequential
+	}
 	if c.CNAMEs == "" {
 		c.CNAMEs = CNAMEsTrust
 	}
@@ -172,6 +193,11 @@ func (c Config) check() error {
 	case DenyRefused, DenyNXDomain, DenyNodata, DenySinkhole:
 	default:
 		errs = append(errs, fmt.Errorf("dns.deny: %q is none of refused, nxdomain, nodata, sinkhole", c.Deny))
+	}
+	switch c.UpstreamMode {
+	case UpstreamsSequential, UpstreamsFastest:
+	default:
+		errs = append(errs, fmt.Errorf("dns.upstream_mode: %q is none of sequential, fastest", c.UpstreamMode))
 	}
 	switch c.HTTPSRecords {
 	case HTTPSPass, HTTPSStripECH, HTTPSNodata:

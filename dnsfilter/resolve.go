@@ -49,7 +49,7 @@ type Resolver struct {
 }
 
 // timing holds the bounds that tests shorten.
-type timing struct{ try, total, staleWait, delay time.Duration }
+type timing struct{ try, total, staleWait, delay, probe time.Duration }
 
 // counts are the numbers behind Stats.
 type counts struct {
@@ -111,7 +111,7 @@ func parse(c Config) (*Resolver, error) {
 	r := &Resolver{
 		cfg:     c,
 		zones:   make(map[string]*pool),
-		timing:  timing{tryTimeout, totalTimeout, staleWait, resolutionDelay},
+		timing:  timing{tryTimeout, totalTimeout, staleWait, resolutionDelay, probeWait},
 		flights: make(map[key]*flight),
 	}
 	errs := []error{c.check()}
@@ -130,7 +130,8 @@ func parse(c Config) (*Resolver, error) {
 
 // newPool returns the pool of a zone, "" for the names that are in none.
 func (r *Resolver) newPool(zone string, ups []*upstream) *pool {
-	p := &pool{now: r.cfg.Now, timing: &r.timing, sent: &r.counts.sent, failed: &r.counts.failed, logger: r.cfg.Logger}
+	p := &pool{zone: zone, fastest: r.cfg.UpstreamMode == UpstreamsFastest, start: r.start,
+		now: r.cfg.Now, timing: &r.timing, counts: &r.counts, logger: r.cfg.Logger}
 	if zone != "" {
 		p.logger = p.logger.With().Str("zone", zone).Logger()
 	}
@@ -187,7 +188,7 @@ func (r *Resolver) loadResolvConf(f io.Reader) error {
 	}
 	var ups []*upstream
 	for _, s := range conf.Servers {
-		u, err := parseUpstream(s, nil)
+		u, err := r.cfg.parseUpstream(s)
 		if err != nil || r.cfg.listensOn(u.addr) {
 			r.cfg.Logger.Warn().Str("file", r.cfg.ResolvConf).Str("nameserver", s).Msg("name server not used: no address, or this resolver itself")
 			continue
@@ -198,10 +199,21 @@ func (r *Resolver) loadResolvConf(f io.Reader) error {
 		r.cfg.Logger.Warn().Str("file", r.cfg.ResolvConf).Msg("no name server found; set dns.upstreams")
 	}
 	old := r.pool.ups.Swap(&ups)
-	for _, u := range *old {
-		u.close()
+	if !r.start(func(context.Context) { closeAll(*old) }) { // which waits for questions under way
+		closeAll(*old)
 	}
 	return nil
+}
+
+// start runs f in a goroutine that Close waits for, with a context that Close ends. It
+// returns false, and does not, once the Resolver is closed.
+func (r *Resolver) start(f func(context.Context)) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.closed {
+		r.flying.Go(func() { f(r.life) })
+	}
+	return !r.closed
 }
 
 func (r *Resolver) refreshHosts() {
