@@ -64,6 +64,15 @@ type Config struct {
 	CNAMEs       CNAMEs       // whether alias targets are decided too; "" is CNAMEsTrust
 	Cache        Cache        // bounds of the cache
 
+	// HealthName is answered to every source, of a group or not, without an upstream
+	// and whatever the policy says: A 127.0.0.1, AAAA ::1, TXT "ok". "": no name is.
+	HealthName string
+
+	// SearchDomains are suffixes that clients append to names while they search
+	// (resolv.conf(5)), such as cluster.local. Unlisted names below them are answered
+	// NXDOMAIN whatever Deny says, so that clients go on to the name as it was meant.
+	SearchDomains []string
+
 	// MaxUDPSize is the largest UDP answer in bytes, 512 to 4096, for clients that
 	// accept as much (RFC 6891, section 6.2.5); 0 is 1232, which is never fragmented.
 	MaxUDPSize int
@@ -76,6 +85,10 @@ type Config struct {
 type Zone struct {
 	Zone      string   // such as corp.example
 	Upstreams []string // as Config.Upstreams, at least one
+
+	// PrivateDestinations are prefixes outside the globally reachable space that names
+	// of the zone may lead to, where no rule says so: see Resolver.PrivateZone.
+	PrivateDestinations []netip.Prefix
 }
 
 // A Record is answered locally. A name that has any record has no others than its Records.
@@ -92,6 +105,7 @@ type Cache struct {
 	MinTTL     time.Duration // shorter TTLs are raised to it; 0 raises none
 	MaxTTL     time.Duration // longer TTLs are cut to it; 0 is 24 hours
 	ServeStale time.Duration // how long after its TTL an answer may stand in for a failed upstream (RFC 8767); 0: never
+	Prefetch   bool          // an answer in use is asked for again in the last tenth of its TTL, so that nobody waits for it
 }
 
 // UpstreamMode says which of several upstreams is asked first. Those that failed

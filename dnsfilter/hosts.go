@@ -65,6 +65,14 @@ func (w *watched) refresh() error {
 	return w.read(size)
 }
 
+// forget has the next refresh load the file, whether it looks changed or not.
+func (w *watched) forget() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.seen = false
+	w.next.Store(0)
+}
+
 func (w *watched) read(size int64) error {
 	if size > maxFile {
 		return fmt.Errorf("%s is larger than %d bytes", w.path, maxFile)

@@ -212,7 +212,7 @@ func (ex *exchange) admit(r *http.Request) *refusal {
 		if !session.isFor(&ex.request) {
 			return ex.mismatch()
 		}
-		ex.request.Destination = session.tunnel.request.Destination
+		ex.s.towards(&ex.request, session.tunnel.request.Destination)
 	}
 	ex.generation = ex.s.generation.Load()
 	ex.admitted = ex.s.cfg.Decider.Decide(ex.request)
@@ -398,7 +398,7 @@ func (ex *exchange) gotConn(info httptrace.GotConnInfo) {
 	ex.ev.Parent = c.parent
 	// With the address known another rule may be the one that counts.
 	req := ex.request
-	req.Destination = c.checked
+	ex.s.towards(&req, c.checked)
 	if d := ex.s.cfg.Decider.Decide(req); d.Passes() {
 		ex.decision = d
 	} else {

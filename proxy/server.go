@@ -37,9 +37,14 @@ type Config struct {
 	Listen   []string          // addresses for Listen, host:port; no host is every address of this machine
 	Decider  Decider           // required
 	Resolver upstream.Resolver // required; asked once a request, and only for names that may pass
-	Observer event.Observer    // told of every event; nil: nobody
-	Logger   zerolog.Logger    // for what someone should act on; the zero value is silent
-	HelpURL  string            // shown to refused clients: where to ask for access; "": nothing
+
+	// PrivateZone reports whether the settings expect an address behind a name though
+	// it is private; nil: none is. It fills policy.Request.PrivateZone.
+	PrivateZone func(policy.Name, netip.Addr) bool
+
+	Observer event.Observer // told of every event; nil: nobody
+	Logger   zerolog.Logger // for what someone should act on; the zero value is silent
+	HelpURL  string         // shown to refused clients: where to ask for access; "": nothing
 	Timeouts Timeouts
 	Limits   Limits
 	Routes   Routes // see SetRoutes

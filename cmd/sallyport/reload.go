@@ -74,6 +74,7 @@ func (g *gate) reloadSettings() error {
 		return err
 	}
 	g.settings.Log.Level = s.Log.Level
+	g.resolver.Reload()
 	return nil
 }
 

@@ -103,6 +103,7 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 			return metrics.ResolverStats{
 				Hits: st.CacheHits, Misses: st.CacheMisses, Stale: st.CacheStale,
 				Dropped: st.Dropped, Malformed: st.Malformed, Failures: st.UpstreamFailures,
+				Ignored: st.UpstreamIgnored, Prefetched: st.Prefetched, Upstreams: upstreamStats(st.Upstreams),
 			}
 		},
 	})
@@ -123,6 +124,14 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 	return g, g.first(first, loadErr)
 }
 
+func upstreamStats(all []dnsfilter.UpstreamStats) []metrics.UpstreamStats {
+	out := make([]metrics.UpstreamStats, len(all))
+	for i, u := range all {
+		out[i] = metrics.UpstreamStats(u)
+	}
+	return out
+}
+
 func (g *gate) dnsConfig() dnsfilter.Config {
 	c := dnsConfig(g.settings.DNS)
 	c.Decider, c.Observer, c.Logger = &g.store, g.observer, g.logger
@@ -134,13 +143,15 @@ func dnsConfig(s config.DNS) dnsfilter.Config {
 	c := dnsfilter.Config{
 		Listen: s.Listen, Upstreams: s.Upstreams, HostsFile: s.HostsFile,
 		Deny: dnsfilter.Denial(s.Deny), HTTPSRecords: dnsfilter.HTTPSRecords(s.HTTPSRecords), CNAMEs: dnsfilter.CNAMEs(s.CNAMEs),
-		MaxUDPSize: s.EDNSSize,
+		MaxUDPSize: s.EDNSSize, HealthName: s.HealthName, SearchDomains: s.SearchDomains,
+		UpstreamMode: dnsfilter.UpstreamMode(s.UpstreamMode), CaseRandomisation: s.CaseRandomisation,
 		Cache: dnsfilter.Cache{
 			Size: s.Cache.Size, MinTTL: s.Cache.MinTTL, MaxTTL: s.Cache.MaxTTL, ServeStale: s.Cache.ServeStale,
+			Prefetch: s.Cache.Prefetch,
 		},
 	}
 	for _, z := range s.Zones {
-		c.Zones = append(c.Zones, dnsfilter.Zone{Zone: z.Zone, Upstreams: z.Upstreams})
+		c.Zones = append(c.Zones, dnsfilter.Zone{Zone: z.Zone, Upstreams: z.Upstreams, PrivateDestinations: z.PrivateDestinations})
 	}
 	for _, r := range s.Records {
 		c.Records = append(c.Records, dnsfilter.Record{Name: r.Name, Type: r.Type, Value: r.Value, TTL: r.TTL})
@@ -152,7 +163,8 @@ func (g *gate) proxyConfig() proxy.Config {
 	s := g.settings.Proxy
 	return proxy.Config{
 		Decider: &g.store, Resolver: g.resolver, Observer: g.observer, Logger: g.logger,
-		Listen: s.Listen, HelpURL: s.HelpURL, PACDirect: s.PAC.Direct,
+		PrivateZone: g.resolver.PrivateZone,
+		Listen:      s.Listen, HelpURL: s.HelpURL, PACDirect: s.PAC.Direct,
 		Timeouts: proxy.Timeouts{
 			Connect: s.Timeouts.Connect, ClientHello: s.Timeouts.ClientHello, RequestHeader: s.Timeouts.RequestHeader,
 			Idle: s.Timeouts.Idle, Drain: s.Timeouts.Drain,

@@ -43,6 +43,8 @@ var kinds = map[string]kind{
 	"source":   {parseSource, matching("")},
 	"url":      {parseURL, matching("")},
 	"name":     {parseName, matching("")},
+	"opt_name": {parseOptionalName, matching("")},
+	"bool":     {parseBool, func(*field) map[string]any { return map[string]any{"type": "boolean"} }},
 	"upstream": {parseUpstream, matching("")},
 	"prefix":   {parsePrefix, matching("")},
 	"address":  {parseAddress, matching("")},
@@ -296,6 +298,23 @@ func parseName(_ *field, s string) (any, error) {
 		return nil, fmt.Errorf("%w; write a name such as %q", err, "corp.example")
 	}
 	return n.String(), nil
+}
+
+func parseOptionalName(f *field, s string) (any, error) {
+	if s == "" {
+		return s, nil
+	}
+	return parseName(f, s)
+}
+
+func parseBool(_ *field, s string) (any, error) {
+	switch s {
+	case "true":
+		return true, nil
+	case "false":
+		return false, nil
+	}
+	return nil, fmt.Errorf("%s is neither true nor false; write one of them", quote(s))
 }
 
 func parseURL(_ *field, s string) (any, error) {

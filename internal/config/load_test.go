@@ -42,7 +42,11 @@ dns:
   https_records: strip_ech
   cnames: trust
   edns_size: 1232
-  cache: {size: 64MiB, min_ttl: 0s, max_ttl: 24h, serve_stale: 1h}
+  upstream_mode: sequential
+  case_randomisation: false
+  health_name: ""
+  search_domains: []
+  cache: {size: 64MiB, min_ttl: 0s, max_ttl: 24h, serve_stale: 1h, prefetch: false}
 admin: {listen: "127.0.0.1:9128"}
 policy: {source: embedded}
 log: {format: json, output: stdout, level: info}
@@ -117,6 +121,7 @@ func TestDefaults(t *testing.T) {
 		DNS: DNS{
 			Listen: []string{"127.0.0.1:1053"}, Upstreams: []string{}, Zones: []Zone{}, Records: []Record{},
 			HostsFile: "/etc/hosts", Deny: "refused", HTTPSRecords: "strip_ech", CNAMEs: "trust", EDNSSize: 1232,
+			UpstreamMode: "sequential", SearchDomains: []string{},
 			Cache: Cache{Size: 64 << 20, MaxTTL: 24 * time.Hour, ServeStale: time.Hour},
 		},
 		Admin:  Admin{Listen: "127.0.0.1:9128"},
@@ -192,9 +197,10 @@ func TestPrecedence(t *testing.T) {
 func TestEveryKeyEverywhere(t *testing.T) {
 	values := map[string]string{
 		"node": "gate-2", "proxy.listen": ":1", "proxy.help_url": "mailto:net@corp.example", "proxy.proxy_protocol.trusted": "10.0.0.0/8",
-		"dns.listen": ":2", "dns.upstreams": "192.0.2.1", "dns.zones": `[{"zone": "corp.example", "upstreams": ["10.0.0.53"]}]`,
+		"dns.listen": ":2", "dns.upstreams": "192.0.2.1", "dns.zones": `[{"zone": "corp.example", "upstreams": ["10.0.0.53"], "private_destinations": ["10.0.0.0/8"]}]`,
 		"dns.records":    "[{name: a.example, type: TXT, value: hello}]",
 		"dns.hosts_file": "hosts", "dns.deny": "nodata", "dns.https_records": "pass", "dns.cnames": "inspect",
+		"dns.upstream_mode": "fastest", "dns.health_name": "health.example", "dns.search_domains": "cluster.local",
 		"dns.edns_size": "512", "dns.cache.min_ttl": "1s", "admin.listen": ":3", "policy.source": "p.yaml",
 		"log.format": "squid", "log.output": "stderr", "log.level": "debug",
 		"proxy.limits.client_hello_bytes": "1KiB", "proxy.limits.header_bytes": "1KiB", "proxy.limits.url_bytes": "1KiB",
@@ -210,6 +216,8 @@ func TestEveryKeyEverywhere(t *testing.T) {
 		case ok:
 		case f.kindName == "duration":
 			value = "3s"
+		case f.kindName == "bool":
+			value = "true"
 		default:
 			value = "7"
 		}
@@ -251,7 +259,7 @@ SALLYPORT_DNS_RECORDS:1:1: not YAML: did not find expected node content; look fo
 SALLYPORT_DNS_LISTEN: dns.listen[1]: "53" is a port alone; write ":53" for every address of this machine or "127.0.0.1:53" for loopback
 --log-level: log.level: "verbose" is unknown; write one of debug, info, warn, error
 --set proxy.lisen: no such setting; did you mean proxy.listen?
---set dns.cache: dns.cache: a section, not a value; set one of its keys: size, min_ttl, max_ttl, serve_stale
+--set dns.cache: dns.cache: a section, not a value; set one of its keys: size, min_ttl, max_ttl, serve_stale, prefetch
 --set dns.zones.zone: no such setting; sallyport schema settings lists them
 --policy: policy.source: empty; write the path of a policy file, or "embedded" for the starter policy`
 	if err == nil || err.Error() != want {

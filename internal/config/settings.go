@@ -94,22 +94,27 @@ type Limits struct {
 
 // DNS holds the settings of the resolver.
 type DNS struct {
-	Listen       []string `yaml:"listen" kind:"listen" doc:"Addresses to listen on, host:port, UDP and TCP. []: no resolver for clients; the proxy still resolves by these settings."`
-	Upstreams    []string `yaml:"upstreams" kind:"upstream" doc:"Resolvers to forward to: an address or udp://address:port (then TCP if truncated), tcp://address:port, tls://host#name or https://host/path#name, where #name is the name in the certificate of a host given as an address. []: those of this machine (/etc/resolv.conf)."`
-	Zones        []Zone   `yaml:"zones" doc:"Conditional forwarding: names below a zone go to the zone's own upstreams."`
-	Records      []Record `yaml:"records" doc:"Records answered here, before any upstream is asked."`
-	HostsFile    string   `yaml:"hosts_file" kind:"path" doc:"A hosts file, answered before any upstream, for proxy and resolver alike. Empty: none."`
-	Deny         string   `yaml:"deny" kind:"enum" enum:"refused nxdomain nodata sinkhole" doc:"What a refused query is answered with."`
-	HTTPSRecords string   `yaml:"https_records" kind:"enum" enum:"pass strip_ech nodata" doc:"HTTPS and SVCB answers: as they are, without ech (so that clients send a readable SNI), or none."`
-	CNAMEs       string   `yaml:"cnames" kind:"enum" enum:"trust inspect" doc:"The names that an allowed name is an alias of: answered whole, or each decided too."`
-	EDNSSize     int      `yaml:"edns_size" kind:"size" min:"512" max:"4096" doc:"Largest UDP message offered and sent, in bytes (RFC 6891). Above 1232 answers may be fragmented."`
-	Cache        Cache    `yaml:"cache" doc:"Answers kept."`
+	Listen            []string `yaml:"listen" kind:"listen" doc:"Addresses to listen on, host:port, UDP and TCP. []: no resolver for clients; the proxy still resolves by these settings."`
+	Upstreams         []string `yaml:"upstreams" kind:"upstream" doc:"Resolvers to forward to: an address or udp://address:port (then TCP if truncated), tcp://address:port, tls://host#name or https://host/path#name, where #name is the name in the certificate of a host given as an address. []: those of this machine (/etc/resolv.conf)."`
+	UpstreamMode      string   `yaml:"upstream_mode" kind:"enum" enum:"sequential fastest" doc:"Which of several resolvers is asked first: in the order they are listed, or the one that answers fastest. Those that fail come last either way."`
+	Zones             []Zone   `yaml:"zones" doc:"Conditional forwarding: names below a zone go to the zone's own upstreams."`
+	Records           []Record `yaml:"records" doc:"Records answered here, before any upstream is asked."`
+	HostsFile         string   `yaml:"hosts_file" kind:"path" doc:"A hosts file, answered before any upstream, for proxy and resolver alike. Empty: none."`
+	Deny              string   `yaml:"deny" kind:"enum" enum:"refused nxdomain nodata sinkhole" doc:"What a refused query is answered with."`
+	HTTPSRecords      string   `yaml:"https_records" kind:"enum" enum:"pass strip_ech nodata" doc:"HTTPS and SVCB answers: as they are, without ech (so that clients send a readable SNI), or none."`
+	CNAMEs            string   `yaml:"cnames" kind:"enum" enum:"trust inspect" doc:"The names that an allowed name is an alias of: answered whole, or each decided too."`
+	EDNSSize          int      `yaml:"edns_size" kind:"size" min:"512" max:"4096" doc:"Largest UDP message offered and sent, in bytes (RFC 6891). Above 1232 answers may be fragmented."`
+	CaseRandomisation bool     `yaml:"case_randomisation" kind:"bool" doc:"Send names over UDP with letters in random case, and ignore answers that do not repeat it: forged answers are rarer still. Resolvers that do not keep the case are not heard then."`
+	HealthName        string   `yaml:"health_name" kind:"opt_name" doc:"A name that is answered to everybody, whatever the policy and the upstreams say: A 127.0.0.1, AAAA ::1, TXT ok. Empty: none."`
+	SearchDomains     []string `yaml:"search_domains" kind:"name" doc:"Suffixes that clients append while they search, such as cluster.local: unlisted names below them are answered NXDOMAIN, whatever dns.deny says."`
+	Cache             Cache    `yaml:"cache" doc:"Answers kept."`
 }
 
 // A Zone forwards the names below it to upstreams of its own.
 type Zone struct {
-	Zone      string   `yaml:"zone" kind:"name" required:"true" doc:"The zone: this name and every name below it."`
-	Upstreams []string `yaml:"upstreams" kind:"upstream" required:"true" doc:"The zone's resolvers, written as dns.upstreams."`
+	Zone                string         `yaml:"zone" kind:"name" required:"true" doc:"The zone: this name and every name below it."`
+	Upstreams           []string       `yaml:"upstreams" kind:"upstream" required:"true" doc:"The zone's resolvers, written as dns.upstreams."`
+	PrivateDestinations []netip.Prefix `yaml:"private_destinations" kind:"prefix" doc:"Private addresses that allowed names of the zone may lead to, where no rule of the policy says so. []: none."`
 }
 
 // A Record is answered by the resolver itself.
@@ -126,6 +131,7 @@ type Cache struct {
 	MinTTL     time.Duration `yaml:"min_ttl" kind:"duration" max:"24h" doc:"Answers with a shorter TTL are kept this long."`
 	MaxTTL     time.Duration `yaml:"max_ttl" kind:"duration" min:"1s" max:"7d" doc:"Answers with a longer TTL are kept this long."`
 	ServeStale time.Duration `yaml:"serve_stale" kind:"duration" max:"7d" doc:"While no upstream answers, expired answers are used for so long (RFC 8767). 0s: never."`
+	Prefetch   bool          `yaml:"prefetch" kind:"bool" doc:"Ask again for an answer in use shortly before it expires, so that no client waits."`
 }
 
 // Admin holds the settings of the admin server.
