@@ -20,6 +20,13 @@ func (r *Resolver) PrivateZone(name policy.Name, a netip.Addr) bool {
 	return slices.ContainsFunc(r.poolFor(name).private, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
+// PrivateZone is the method of that name of a Resolver with c; no if c has mistakes.
+// It reads no files and sends nothing.
+func (c Config) PrivateZone(name policy.Name, a netip.Addr) bool {
+	r, err := parse(c)
+	return err == nil && r.PrivateZone(name, a)
+}
+
 // checkPrivate says what is wrong with p as one of Zone.PrivateDestinations.
 func checkPrivate(p netip.Prefix) error {
 	switch {
