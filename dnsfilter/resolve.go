@@ -439,10 +439,8 @@ func (r *Resolver) launch(k key) *flight {
 
 // fly asks the upstreams and remembers the answer.
 func (r *Resolver) fly(k key, f *flight) {
-	ctx, cancel := context.WithTimeout(r.life, r.timing.total)
-	defer cancel()
 	p := r.poolFor(k.name)
-	m, err := p.exchange(ctx, k.query())
+	m, err := p.exchange(r.life, k.query())
 	if err == nil && p.zone != "" {
 		m.AuthenticatedData = false // a chain of trust to a zone of one's own is nobody's to vouch for
 	}

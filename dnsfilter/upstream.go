@@ -191,13 +191,16 @@ func (p *pool) order() []*upstream {
 }
 
 // exchange asks one upstream after the other. An answer that says that the
-// upstream could not or would not find out is returned only if no other has a better one.
+// upstream could not or would not find out is returned only if no other has a better
+// one. It takes timing.total at most.
 func (p *pool) exchange(ctx context.Context, query *dns.Msg) (*dns.Msg, error) {
 	ups, last := p.order(), errNoUpstream
+	end := time.Now().Add(p.timing.total)
+	over := func() bool { return ctx.Err() != nil || !time.Now().Before(end) }
 	for range maxRounds {
 		var unable *dns.Msg
 		for _, u := range ups {
-			m, err := p.ask(ctx, u, query)
+			m, err := p.ask(ctx, u, query, min(p.timing.try, time.Until(end)))
 			switch {
 			case err != nil:
 				last = fmt.Errorf("upstream %s: %w", u.text, err)
@@ -206,14 +209,14 @@ func (p *pool) exchange(ctx context.Context, query *dns.Msg) (*dns.Msg, error) {
 			default:
 				unable = m
 			}
-			if ctx.Err() != nil {
+			if over() {
 				break
 			}
 		}
 		if unable != nil {
 			return unable, nil
 		}
-		if ctx.Err() != nil {
+		if over() {
 			break
 		}
 	}
@@ -237,9 +240,9 @@ func (p *pool) answered(u *upstream, took time.Duration) {
 	}
 }
 
-// ask does one exchange within its share of the time.
-func (p *pool) ask(ctx context.Context, u *upstream, query *dns.Msg) (*dns.Msg, error) {
-	try, cancel := context.WithTimeout(ctx, p.timing.try)
+// ask does one exchange within a time.
+func (p *pool) ask(ctx context.Context, u *upstream, query *dns.Msg, within time.Duration) (*dns.Msg, error) {
+	try, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	p.counts.sent.Add(1)
 	u.sent.Add(1)
@@ -303,7 +306,7 @@ func (p *pool) revive(ctx context.Context, u *upstream) {
 		if u.gone.Load() || u.wellSince(time.Time{}) {
 			return
 		}
-		if _, err := p.ask(ctx, u, probeQuery()); err == nil || errors.Is(err, errMalformed) {
+		if _, err := p.ask(ctx, u, probeQuery(), p.timing.try); err == nil || errors.Is(err, errMalformed) {
 			return
 		}
 	}
@@ -324,7 +327,7 @@ func (p *pool) probe(ctx context.Context) error {
 	}
 	last := errNoUpstream
 	for _, u := range p.order() {
-		_, err := p.ask(ctx, u, probeQuery())
+		_, err := p.ask(ctx, u, probeQuery(), p.timing.try)
 		if err == nil {
 			return nil
 		}

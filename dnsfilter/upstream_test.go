@@ -663,6 +663,30 @@ func TestRandomCaseKeepsTheName(t *testing.T) {
 	}
 }
 
+// TestPackIsWhatMiekgPacks compares the queries that are sent with the library's.
+func TestPackIsWhatMiekgPacks(t *testing.T) {
+	queries := []*dns.Msg{probeQuery(), question(`a\.b.test.`, dns.TypeA), question(`a\000.test.`, dns.TypeA)}
+	for _, name := range []string{"a", "api.ok.test", "_dmarc." + strings.Repeat("x", 63) + ".test", strings.Repeat("ab.", 80) + "test"} {
+		for i := range 8 {
+			q := (key{name: policy.MustName(name), qtype: dns.TypeHTTPS, do: i&1 != 0, cd: i&2 != 0}).query()
+			if i&4 != 0 {
+				q.Extra = nil
+			}
+			queries = append(queries, q)
+		}
+	}
+	for _, q := range queries {
+		want, err := q.Pack()
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := pack(make([]byte, 0, maxQuerySize), q)
+		if err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%v: %x, %v\nwant %x", q.Question, got, err, want)
+		}
+	}
+}
+
 func TestPadKeepsAMessageWhole(t *testing.T) {
 	for n := 1; n < 200; n++ {
 		name := policy.MustName(strings.Repeat("a.", n/2) + strings.Repeat("b", n%2+1))

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -50,7 +51,7 @@ type dress struct {
 // newWaiter returns a waiter for query. The caller frees it when no table holds it.
 func newWaiter(query *dns.Msg, d dress) (*waiter, error) {
 	w := waiterPool.Get().(*waiter)
-	p, err := query.PackBuffer(w.buf[:])
+	p, err := pack(w.buf[:0], query)
 	if err != nil {
 		w.free()
 		return nil, err
@@ -72,6 +73,49 @@ func newWaiter(query *dns.Msg, d dress) (*waiter, error) {
 		w.packet = pad(p)
 	}
 	return w, nil
+}
+
+// pack appends query to an empty buf, without the detours of miekg/dns if it is one
+// that key.query makes: one name without escapes, an OPT record without options or none.
+func pack(buf []byte, query *dns.Msg) ([]byte, error) {
+	const recursion, authentic, checking, do = 1 << 8, 1 << 5, 1 << 4, 1 << 15
+	name, bits := query.Question[0].Name, uint16(0)
+	opt := query.IsEdns0()
+	if len(name) < 2 || strings.ContainsRune(name, '\\') || len(query.Extra) > 1 || (len(query.Extra) == 1) != (opt != nil) || opt != nil && len(opt.Option) > 0 {
+		return query.PackBuffer(buf[:cap(buf)])
+	}
+	if query.RecursionDesired {
+		bits |= recursion
+	}
+	if query.AuthenticatedData {
+		bits |= authentic
+	}
+	if query.CheckingDisabled {
+		bits |= checking
+	}
+	be := binary.BigEndian
+	buf = be.AppendUint16(be.AppendUint16(buf, query.Id), bits)
+	buf = be.AppendUint64(buf, 1<<48|uint64(len(query.Extra)))
+	for rest := name; rest != ""; {
+		i := strings.IndexByte(rest, '.')
+		if i < 1 || i > 63 {
+			return nil, fmt.Errorf("name %q: %w", name, dns.ErrRdata)
+		}
+		buf = append(append(buf, byte(i)), rest[:i]...)
+		rest = rest[i+1:]
+	}
+	buf = append(buf, 0)
+	buf = be.AppendUint16(be.AppendUint16(buf, query.Question[0].Qtype), query.Question[0].Qclass)
+	if opt != nil {
+		flags := uint32(0)
+		if opt.Do() {
+			flags = do
+		}
+		buf = be.AppendUint16(append(buf, 0), dns.TypeOPT)
+		buf = be.AppendUint32(be.AppendUint16(buf, opt.UDPSize()), flags)
+		buf = be.AppendUint16(buf, 0)
+	}
+	return buf, nil
 }
 
 // free returns w to the pool.
