@@ -58,13 +58,14 @@ var canaries = map[string]Denial{
 // denial returns how a query for name, which d denies, is refused: as Config.Deny
 // says, but for names that have a form of their own.
 func (r *Resolver) denial(name policy.Name, d policy.Decision) Denial {
-	if d.Reason == policy.ReasonUnmatchedSource || name.IsZero() {
+	unlisted := d.Reason == policy.ReasonNotListed
+	if name.IsZero() || !unlisted && d.Reason != policy.ReasonExplicitDeny {
 		return r.cfg.Deny
 	}
 	if c, ok := canaries[name.String()]; ok {
 		return c
 	}
-	if d.Reason == policy.ReasonNotListed && slices.ContainsFunc(r.search, func(s policy.Name) bool { return below(name, s) }) {
+	if unlisted && slices.ContainsFunc(r.search, func(s policy.Name) bool { return below(name, s) }) {
 		return DenyNXDomain
 	}
 	return r.cfg.Deny

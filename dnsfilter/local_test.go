@@ -155,6 +155,8 @@ groups:
 			t.Errorf("%d packets went upstream", n)
 		}
 		wantData(t, b.ask(t, bob, "udp", question("mask.icloud.com.", dns.TypeA)), "A 5.5.5.5")
+		wantRcode(t, b.ask(t, bob, "udp", question("mask.icloud.com.", dns.TypeTXT)), map[Denial]int{
+			DenyRefused: dns.RcodeRefused, DenyNXDomain: dns.RcodeNameError}[deny], 0)
 		wantRcode(t, b.ask(t, stranger, "udp", question("use-application-dns.net.", dns.TypeA)), map[Denial]int{
 			DenyRefused: dns.RcodeRefused, DenyNXDomain: dns.RcodeNameError}[deny], 0)
 	}
