@@ -34,10 +34,12 @@ type head struct {
 	method, target []byte
 	host           []byte // value of the Host field
 	userAgent      []byte
-	json           bool // an Accept field asks for application/json
+	json           bool   // an Accept field asks for application/json
+	credentials    []byte // value of the last Proxy-Authorization field
 
 	minor         byte // of HTTP/1.x: '0' or '1'
 	hosts         int
+	authorized    int // Proxy-Authorization fields
 	contentLength []byte
 	chunked       bool
 }
@@ -180,6 +182,9 @@ func (h *head) field(line []byte) error {
 		h.userAgent = value
 	case equalFold(name, "accept"):
 		h.json = h.json || wantsJSON(string(value))
+	case equalFold(name, "proxy-authorization"):
+		h.credentials = value
+		h.authorized++
 	}
 	return nil
 }

@@ -430,7 +430,7 @@ func example(f *field) string {
 		"listen": `":3128"`, "admin": `"127.0.0.1:9128"`, "upstream": `"192.0.2.53"`, "prefix": `"10.0.0.0/8"`,
 		"duration": "10s", "size": "64KiB", "count": "0", "url": `"https://wiki.corp.example/egress"`,
 		"name": "corp.example", "path": "/etc/hosts", "source": "policy.yaml", "output": "stdout",
-		"node": `""`, "text": `"text"`,
+		"node": `""`, "text": `"text"`, "realm": "sallyport", "bool": "false",
 	}[f.kindName]
 	switch {
 	case f.children != nil:
