@@ -432,6 +432,7 @@ func example(f *field) string {
 		"name": "corp.example", "path": "/etc/hosts", "source": "policy.yaml", "output": "stdout",
 		"node": `""`, "text": `"text"`, "address": `"192.0.2.7"`, "suffix": `".corp.example"`, "direct": `".corp.example"`,
 		"parent": `"http://proxy.corp.example:3128"`, "group_parent": "direct",
+		"realm": "sallyport", "bool": "false",
 	}[f.kindName]
 	switch {
 	case f.children != nil:
