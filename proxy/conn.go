@@ -1,9 +1,15 @@
 package proxy
 
 import (
+	"errors"
+	"io"
 	"net"
+	"net/http"
 	"net/netip"
+	"strconv"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -19,6 +25,11 @@ const (
 	idleGrace = 5 * time.Second
 )
 
+// clientIdle returns the idle time of clients' connections.
+func (s *Server) clientIdle() time.Duration {
+	return s.cfg.Timeouts.Idle + min(idleGrace, 5*s.cfg.Timeouts.Idle)
+}
+
 // An idleConn is a connection under net/http, for which idle time counts both
 // directions: a byte either way gives both reads and writes another idle period.
 // net/http's own time-outs bound whole requests, which would cut long transfers.
@@ -29,6 +40,8 @@ type idleConn struct {
 	mu      sync.Mutex // guards what follows, and the order of SetDeadline calls
 	touched time.Time
 	fixed   bool // net/http has set a read deadline of its own, which stands
+	head    bool // limitHead has set one
+	cut     bool // the one of net/http is in the past: it interrupts reads
 }
 
 // SetReadDeadline is how net/http bounds heads, waits for the next request and
@@ -36,10 +49,33 @@ type idleConn struct {
 func (c *idleConn) SetReadDeadline(t time.Time) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.fixed = !t.IsZero(); !c.fixed {
+	c.fixed, c.head, c.cut = !t.IsZero(), false, false
+	switch {
+	case !c.fixed:
 		t = time.Now().Add(c.idle)
+	case !t.After(longAgo):
+		c.cut = true
 	}
 	return c.Conn.SetReadDeadline(t)
+}
+
+// limitHead bounds the wait for the rest of a head, once for each, unless reads are
+// interrupted.
+func (c *idleConn) limitHead(d time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.head || c.cut {
+		return
+	}
+	c.fixed, c.head = true, true
+	c.Conn.SetReadDeadline(time.Now().Add(d))
+}
+
+// interrupted reports whether reads fail because net/http wants them to.
+func (c *idleConn) interrupted() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.cut
 }
 
 // SetWriteDeadline is how net/http lifts deadlines between requests; the idle
@@ -88,40 +124,120 @@ func (c *idleConn) CloseWrite() error {
 	return nil
 }
 
-// A clientConn is a client's connection while net/http serves it: what was read
-// of it before comes first. Once that is used up only the idle time is added.
+// A clientConn is a client's connection while net/http serves it. net/http gets to
+// see one request after another, and of each the head as a whole: what is not in
+// order is answered here, before any of it could be acted on.
 type clientConn struct {
 	idleConn
 	s       *Server
 	source  asker
 	counted netip.Addr // see crowd
-	replay  []byte     // read before, not yet given to net/http
-	session *session   // set inside a CONNECT
-	serving bool       // a handler was called for the current request
+	in      framed
+	one     [1]byte                   // read by watch
+	session *session                  // set inside a CONNECT
+	serving bool                      // a handler was called for the current request
+	badBody atomic.Pointer[headError] // what is wrong with the body of the current request
+	live    liveExchange              // the request under way
 }
 
+// Read reads for net/http. Between messages that asks for a single byte only while a
+// handler runs, to learn whether the client is still there.
 func (c *clientConn) Read(p []byte) (int, error) {
-	if len(c.replay) > 0 {
-		n := copy(p, c.replay)
-		if c.replay = c.replay[n:]; len(c.replay) == 0 {
-			c.replay = nil
-		}
+	if len(p) == 1 && c.in.between() {
+		return c.watch()
+	}
+	n, err := c.in.read((*headReader)(c), p)
+	if err == nil {
 		return n, nil
 	}
-	return c.idleConn.Read(p)
+	if c.serving {
+		if bad := (*headError)(nil); errors.As(err, &bad) {
+			c.badBody.Store(bad) // before net/http, which cancels the request
+		}
+		return n, err
+	}
+	return 0, c.refuseNext(err)
+}
+
+// watch waits for a byte of the next request, or the end. The byte is kept until
+// the next request is read, as what follows a request that asked for an upgrade
+// may be no request.
+func (c *clientConn) watch() (int, error) {
+	if len(c.in.held) > 0 {
+		return 0, nil
+	}
+	n, err := c.idleConn.Read(c.one[:])
+	if n > 0 {
+		c.in.held, c.in.short = c.one[:1:1], true
+		return 0, nil
+	}
+	return 0, err
+}
+
+// refuseNext ends the connection after err, which came while the next request was
+// read. It returns the error for net/http, at which that is silent.
+func (c *clientConn) refuseNext(err error) error {
+	begun := c.in.begun()
+	switch {
+	case isHeadError(err):
+	case errors.Is(err, io.EOF) && begun:
+		err = errHeadCut
+	case isTimeout(err) && begun && !c.interrupted():
+		err = errHeadSlow
+	default:
+		return err
+	}
+	c.in.bad = io.EOF
+	c.idleConn.Write(c.s.unreadable(c, err))
+	closeGently(c.Conn, make([]byte, 512))
+	return io.EOF
 }
 
 // Write sends what net/http has to say. What it says before a handler was called
-// is its own answer to a request it cannot parse; the client gets ours instead,
-// and the request its event. net/http closes the connection afterwards.
+// is its own answer to a request that passed our checks but not its own; the client
+// gets ours instead, and the request its event. net/http closes the connection
+// afterwards.
 func (c *clientConn) Write(p []byte) (int, error) {
 	if !c.serving {
-		if _, err := c.idleConn.Write(c.s.unreadable(c, p)); err != nil {
+		if _, err := c.idleConn.Write(c.s.unreadable(c, theirError(p))); err != nil {
 			return 0, err
 		}
 		return len(p), nil
 	}
 	return c.idleConn.Write(p)
+}
+
+// Close closes the connection; gently after a body that was not in order, of which
+// the client may still send the rest.
+func (c *clientConn) Close() error {
+	if c.badBody.Load() != nil && c.s.life.Err() == nil {
+		closeGently(c.Conn, make([]byte, 512))
+		return nil
+	}
+	return c.Conn.Close()
+}
+
+// theirError makes an error of net/http's answer.
+func theirError(answer []byte) error {
+	line, _, _ := strings.Cut(string(answer), "\r\n")
+	e := &headError{http.StatusBadRequest, line}
+	if f := strings.Fields(line); len(f) > 1 {
+		if status, err := strconv.Atoi(f[1]); err == nil && status >= 400 {
+			e.status = status
+		}
+	}
+	return e
+}
+
+// A headReader reads the connection under a clientConn. Once a head has begun to
+// arrive, it is bounded by timeouts.request_header.
+type headReader clientConn
+
+func (c *headReader) Read(p []byte) (int, error) {
+	if c.in.begun() {
+		c.limitHead(c.s.cfg.Timeouts.RequestHeader)
+	}
+	return c.idleConn.Read(p)
 }
 
 // handOff is the listener of the http.Server: it accepts what the front passes

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -22,8 +23,6 @@ import (
 )
 
 const (
-	via = "1.1 sallyport" // RFC 9110, section 7.6.3
-
 	defaultPort = ":80" // of the http scheme
 
 	// Upstream connections kept for another request.
@@ -36,6 +35,10 @@ const (
 	// bodyPatience is how long the rest of a request's body is taken in after the
 	// response, so that the client receives that.
 	bodyPatience = time.Second
+
+	// expectPatience is how long a far side is waited for that should say 100 to a
+	// request with Expect. One that is silent may not know it.
+	expectPatience = time.Second
 )
 
 var copyBuffers = sync.Pool{New: func() any { return new([copySize]byte) }}
@@ -49,10 +52,13 @@ type exchange struct {
 	http.ResponseWriter
 	s      *Server
 	client *clientConn
+	method string
 	json   bool          // the client prefers JSON
+	http2  bool          // on a stream of HTTP/2
 	body   *countingBody // of the request; nil: none
 
 	ev       event.Event
+	who      who
 	request  policy.Request  // what was asked before the dial; not changed then, for the dial reads it
 	admitted policy.Decision // the answer; the same
 	decision policy.Decision // the last one
@@ -65,6 +71,13 @@ type exchange struct {
 	broken   error        // why the response ends before its end
 	taken    bool         // a tunnel has the event
 	place    *place       // among the tunnels, for an upgrade; nil: none
+
+	via     string // of the request, as it came
+	modern  bool   // the client speaks HTTP/1.1
+	interim interim
+	trace   httptrace.ClientTrace
+	answer  countingBody                    // of the response
+	revoked atomic.Pointer[policy.Decision] // what a later policy said
 }
 
 // newGoproxy returns the part of goproxy that is used: it drives a decided
@@ -113,15 +126,36 @@ func (f forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if c.session == nil && isPAC(r) {
-		f.s.servePAC(w, r.Host, addrPort(c.LocalAddr()))
+		scheme, host := pacPlain, r.Host
+		if _, secure := c.Conn.(*tls.Conn); secure {
+			if scheme = pacSecure; !hasPort(host) {
+				host += ":443"
+			}
+		}
+		f.s.servePAC(w, scheme, host, addrPort(c.LocalAddr()))
 		return
 	}
-	ex := f.s.newExchange(c, w, r)
+	f.s.serveExchange(c, w, r)
+}
+
+// serveExchange serves a request that is no CONNECT.
+func (s *Server) serveExchange(c *clientConn, w http.ResponseWriter, r *http.Request) {
+	ex := s.newExchange(c, w, r)
 	defer ex.finish(r)
 	if refused := ex.admit(r); refused != nil {
 		ex.refuse(refused)
 		return
 	}
+	last, err := forwardsLeft(r)
+	switch {
+	case err != nil:
+		ex.refuse(ex.malformed(err))
+		return
+	case last:
+		ex.options()
+		return
+	}
+	c.live.begin(ex)
 	if protocol := upgradeOf(r.Header); protocol != "" {
 		ex.upgrade(r, protocol)
 		return
@@ -133,13 +167,21 @@ func (f forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 type clientKey struct{}
 
 func (s *Server) newExchange(c *clientConn, w http.ResponseWriter, r *http.Request) *exchange {
-	ex := &exchange{ResponseWriter: w, s: s, client: c, length: -1}
+	ex := &exchange{ResponseWriter: w, s: s, client: c, http2: r.ProtoMajor == 2, length: -1, modern: r.ProtoAtLeast(1, 1)}
 	ex.ev = s.newEvent(event.HTTP, c.source, time.Now())
+	ex.ev.Listener = listenerOf(c.Conn)
+	ex.method = r.Method
 	ex.ev.Method = clip(r.Method)
 	ex.ev.UserAgent = clip(r.UserAgent())
 	ex.json = wantsJSON(r.Header.Get("Accept"))
 	if r.ContentLength != 0 {
 		ex.body = &countingBody{ReadCloser: r.Body, n: &ex.up, more: ex.totalUp()}
+		if r.Trailer == nil && len(r.TransferEncoding) > 0 {
+			r.Trailer = http.Header{} // net/http puts those in that were not announced
+		}
+		if ex.modern && r.Header.Get("Expect") != "" {
+			ex.body.begin = ex.proceed
+		}
 		// Otherwise net/http takes in the rest of the body before it sends a byte of
 		// the response. An error means an HTTP version that never did.
 		http.NewResponseController(w).EnableFullDuplex()
@@ -151,6 +193,8 @@ func (s *Server) newExchange(c *clientConn, w http.ResponseWriter, r *http.Reque
 // connection is closed in the middle of it.
 func (ex *exchange) finish(r *http.Request) {
 	crash := recover()
+	ex.interim.end()
+	ex.client.live.end()
 	if err, _ := crash.(error); crash != nil && !errors.Is(err, http.ErrAbortHandler) {
 		ex.s.crashed(crash)
 	}
@@ -159,13 +203,28 @@ func (ex *exchange) finish(r *http.Request) {
 			http.NewResponseController(ex.ResponseWriter).SetReadDeadline(time.Now().Add(bodyPatience))
 		}
 		r.Body.Close() // a round trip that outlives the handler must not read on
+		ex.judgeEnd(crash != nil)
 		ex.ev.Decision = ex.decision
 		ex.ev.BytesUp, ex.ev.BytesDown = ex.up.Load(), ex.down.Load()
 		note(&ex.ev, ex.broken)
 		ex.s.observe(&ex.ev)
 	}
 	if crash != nil || ex.broken != nil {
+		if tcp, ok := ex.client.Conn.(*net.TCPConn); ok && !ex.modern {
+			tcp.SetLinger(0) // the end of the connection may be all that ends the response: it must be a reset
+		}
 		panic(http.ErrAbortHandler)
+	}
+}
+
+// judgeEnd finds out whether the exchange, which was let pass, ended otherwise.
+func (ex *exchange) judgeEnd(crashed bool) {
+	if d := ex.revoked.Load(); d != nil && (crashed || ex.broken != nil) {
+		ex.decision = d.Refuse(policy.ReasonPolicyRevoked)
+	}
+	if bad := ex.client.badBody.Load(); bad != nil && ex.decision.Passes() {
+		ex.decision = ex.decision.Refuse(policy.ReasonBadRequest)
+		note(&ex.ev, bad)
 	}
 }
 
@@ -181,6 +240,8 @@ func (ex *exchange) admit(r *http.Request) *refusal {
 		return ex.malformed(errURLTooLong)
 	case r.Method == http.MethodConnect:
 		return ex.malformed(errors.New("a CONNECT inside a CONNECT"))
+	case r.Method == http.MethodTrace:
+		return ex.malformed(errTrace)
 	case r.URL.Host != "":
 	case session == nil:
 		return ex.malformed(errors.New("the request target is not an absolute URI"))
@@ -214,26 +275,64 @@ func (ex *exchange) admit(r *http.Request) *refusal {
 		}
 		ex.s.towards(&ex.request, session.tunnel.request.Destination)
 	}
+	if refused := ex.identify(r); refused != nil {
+		return refused
+	}
 	ex.generation = ex.s.generation.Load()
 	ex.admitted = ex.s.cfg.Decider.Decide(ex.request)
 	if ex.decision = ex.admitted; !ex.decision.Passes() {
-		return denied(ex.decision)
+		if session != nil {
+			return denied(ex.decision)
+		}
+		return ex.s.deniedTo(&ex.who, ex.decision)
+	}
+	ex.via = strings.Join(r.Header["Via"], ", ")
+	if hasLooped(r.Header) {
+		return loopedBack(ex.decision)
 	}
 	r.URL.Scheme, r.URL.Host = "http", authority(name, addr, port)
 	r.Host = strings.TrimSuffix(r.URL.Host, defaultPort)
 	return nil
 }
 
+// identify finds out who asks; inside a CONNECT that is known.
+func (ex *exchange) identify(r *http.Request) (refused *refusal) {
+	if session := ex.client.session; session != nil {
+		ex.who = who{session.tunnel.request.User, session.tunnel.hash}
+	} else {
+		fields := r.Header["Proxy-Authorization"]
+		value := ""
+		if len(fields) > 0 {
+			value = fields[0]
+		}
+		p := peerOf(ex.client.Conn)
+		if p != nil {
+			note(&ex.ev, p.problem)
+		}
+		ex.who, refused = ex.s.identify(p, ex.request.Source, len(fields), value)
+	}
+	ex.request.User, ex.ev.User = ex.who.user, ex.who.user
+	return refused
+}
+
 // malformed refuses a request before anything could be decided. What follows it
 // on the connection cannot be trusted.
 func (ex *exchange) malformed(err error) *refusal {
-	ex.Header().Set("Connection", "close")
+	ex.endConnection()
 	return badRequest(ex.decision, err)
+}
+
+// endConnection lets the client's connection end after the answer. On HTTP/2 only the
+// stream does: it has its own beginning and end.
+func (ex *exchange) endConnection() {
+	if !ex.http2 {
+		ex.Header().Set("Connection", "close")
+	}
 }
 
 // mismatch refuses a request inside a CONNECT that is for another authority.
 func (ex *exchange) mismatch() *refusal {
-	ex.Header().Set("Connection", "close")
+	ex.endConnection()
 	return &refusal{
 		decision: ex.decision.Refuse(policy.ReasonHostMismatch),
 		status:   http.StatusForbidden, token: statusRequestDenied,
@@ -267,14 +366,17 @@ func (ex *exchange) refuse(r *refusal) {
 
 // forward lets goproxy drive the exchange.
 func (ex *exchange) forward(r *http.Request) {
-	trace := &httptrace.ClientTrace{GotConn: ex.gotConn}
+	ex.trace = httptrace.ClientTrace{GotConn: ex.gotConn, Got1xxResponse: ex.got1xx}
 	ctx := context.WithValue(r.Context(), exchangeKey{}, ex)
-	out := r.WithContext(httptrace.WithClientTrace(ctx, trace))
+	out := r.WithContext(httptrace.WithClientTrace(ctx, &ex.trace))
 	prepare(out)
 	if ex.body == nil {
 		out.Body = http.NoBody
 	} else {
 		out.Body = ex.body
+	}
+	if r.Method == http.MethodOptions && r.URL.Path == "" && r.URL.RawQuery == "" {
+		out.URL.Path = "*" // RFC 9112, section 3.2.4
 	}
 	ex.s.goproxy.ServeHTTP(ex, out)
 }
@@ -296,15 +398,34 @@ func (ex *exchange) totalDown() *atomic.Int64 {
 
 // prepare turns a client's request into the one for the far side.
 func prepare(r *http.Request) {
+	trailers := acceptsTrailers(r.Header)
 	stripHopByHop(r.Header)
-	for _, k := range []string{"X-Forwarded-For", "Forwarded"} {
-		r.Header.Del(k) // what clients say of themselves is no use to anybody, and we do not tell on them
+	for _, k := range []string{"X-Forwarded-For", "X-Real-Ip", "X-Client-Ip", "Forwarded"} {
+		delete(r.Header, k) // what clients say of themselves is no use to anybody, and we do not tell on them
+	}
+	if trailers { // they are passed on
+		r.Header["Te"], r.Header["Connection"] = []string{"trailers"}, []string{"TE"}
+	}
+	if !r.ProtoAtLeast(1, 1) {
+		delete(r.Header, "Expect") // RFC 9110, section 10.1.1
 	}
 	if _, ok := r.Header["User-Agent"]; !ok {
 		r.Header["User-Agent"] = []string{""} // keeps net/http from adding its own
 	}
-	r.Header.Add("Via", via)
+	addVia(r.Header, r.ProtoMinor)
 	r.Close = false // the client's connection ends, not ours to the far side
+}
+
+// acceptsTrailers reports whether TE says so (RFC 9110, section 10.1.4).
+func acceptsTrailers(h http.Header) bool {
+	for _, v := range h["Te"] {
+		for k := range strings.SplitSeq(v, ",") {
+			if strings.EqualFold(strings.TrimSpace(k), "trailers") {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // stripHopByHop removes the fields that are for one connection only, and those
@@ -317,7 +438,7 @@ func stripHopByHop(h http.Header) {
 	}
 	for _, k := range []string{
 		"Connection", "Keep-Alive", "Proxy-Connection", "Proxy-Authorization", "Proxy-Authenticate",
-		"Proxy-Authentication-Info", "Te", "Transfer-Encoding", "Upgrade",
+		"Proxy-Authentication-Info", "Te", "Transfer-Encoding", "Upgrade", "Http2-Settings",
 	} {
 		delete(h, k)
 	}
@@ -328,6 +449,7 @@ func stripHopByHop(h http.Header) {
 func roundTrip(r *http.Request, _ *goproxy.ProxyCtx) (*http.Response, error) {
 	ex := r.Context().Value(exchangeKey{}).(*exchange)
 	resp, err := ex.transport().RoundTrip(r)
+	ex.interim.end()
 	if err == nil && resp.StatusCode == http.StatusSwitchingProtocols {
 		resp.Body.Close()
 		err = errUnaskedUpgrade
@@ -346,19 +468,26 @@ var errUnaskedUpgrade = errors.New("malformed response: 101 without a request fo
 // receive makes the far side's response the one for the client.
 func (ex *exchange) receive(resp *http.Response) {
 	stripHopByHop(resp.Header)
-	resp.Header.Add("Via", via)
+	addVia(resp.Header, resp.ProtoMinor)
 	ex.length = resp.ContentLength
-	resp.Body = &countingBody{ReadCloser: resp.Body, n: &ex.down, more: ex.totalDown(), failed: &ex.broken}
+	ex.answer.ReadCloser, ex.answer.n, ex.answer.more, ex.answer.failed = resp.Body, &ex.down, ex.totalDown(), &ex.broken
+	resp.Body = &ex.answer
 }
 
 // failed returns the answer for an error of the far side.
 func (ex *exchange) failed(r *http.Request, err error) *http.Response {
-	if r.Context().Err() != nil { // nobody reads an answer, and the far side has not failed
+	bad := ex.client.badBody.Load()
+	if bad == nil && r.Context().Err() != nil { // nobody reads an answer, and the far side has not failed
 		ex.broken = errClientLeft
 		panic(http.ErrAbortHandler)
 	}
 	refused := exchangeFailed(ex.decision, err)
-	if ex.body != nil {
+	if d := ex.revoked.Load(); d != nil {
+		refused = &refusal{decision: d.Refuse(policy.ReasonPolicyRevoked), status: http.StatusForbidden, token: statusRequestDenied, err: err}
+	}
+	if bad != nil {
+		refused = badRequest(ex.decision, bad)
+	} else if ex.body != nil {
 		if err := ex.body.problem(); err != nil { // not the far side's fault
 			refused = badRequest(ex.decision, fmt.Errorf("body of the request: %w", err))
 		}
@@ -382,23 +511,25 @@ func (ex *exchange) transport() *http.Transport {
 	if t := ex.client.session; t != nil {
 		return t.transport
 	}
-	return ex.s.pools.get(poolKey{ex.admitted.Group, ex.admitted.Revision})
+	return ex.s.pools.get(poolKey{ex.admitted.Group, ex.admitted.Revision, ex.who.user})
 }
 
 // gotConn is called in the goroutine of the round trip.
 func (ex *exchange) gotConn(info httptrace.GotConnInfo) {
-	ex.ev.Destination = remoteAddr(info.Conn)
 	c, ok := info.Conn.(*upstreamConn)
 	if !ok {
 		return
 	}
+	ex.ev.Destination = c.remote
 	if !info.Reused {
 		ex.ev.DNSTime, ex.ev.ConnTime = c.dnsTime, c.connTime
 	}
 	ex.ev.Parent = c.parent
+	c.ask(ex.method)
 	// With the address known another rule may be the one that counts.
 	req := ex.request
 	ex.s.towards(&req, c.checked)
+	ex.client.live.reached(c, req)
 	if d := ex.s.cfg.Decider.Decide(req); d.Passes() {
 		ex.decision = d
 	} else {
@@ -415,8 +546,9 @@ func (ex *exchange) unread() bool { return ex.body != nil && !ex.body.ended.Load
 // WriteHeader notes the status for the event.
 func (ex *exchange) WriteHeader(status int) {
 	ex.ev.Status = status
+	ex.client.live.answer()
 	if ex.unread() || ex.s.draining.Load() {
-		ex.Header().Set("Connection", "close")
+		ex.endConnection()
 	}
 	ex.ResponseWriter.WriteHeader(status)
 }
@@ -463,6 +595,7 @@ type countingBody struct {
 	io.ReadCloser
 	n, more *atomic.Int64
 	failed  *error // set if reading fails; nil: not wanted
+	begin   func() // called before each Read, unless nil
 
 	ended  atomic.Bool // it was read to its end
 	broken atomic.Pointer[error]
@@ -477,6 +610,9 @@ func (b *countingBody) problem() error {
 }
 
 func (b *countingBody) Read(p []byte) (int, error) {
+	if b.begin != nil {
+		b.begin()
+	}
 	n, err := b.ReadCloser.Read(p)
 	b.n.Add(int64(n))
 	b.more.Add(int64(n))
@@ -485,7 +621,8 @@ func (b *countingBody) Read(p []byte) (int, error) {
 	case errors.Is(err, io.EOF):
 		b.ended.Store(true)
 	default:
-		b.broken.CompareAndSwap(nil, &err)
+		kept := err // else every err would be on the heap
+		b.broken.CompareAndSwap(nil, &kept)
 		if b.failed != nil {
 			*b.failed = err
 		}
@@ -493,9 +630,13 @@ func (b *countingBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// poolKey says who may share upstream connections: nobody in another group, and
-// nobody under another policy, which might have checked the address otherwise.
-type poolKey struct{ group, revision string }
+// poolKey says who may share upstream connections: nobody in another group, no other
+// user, and nobody under another policy, which might have checked the address
+// otherwise.
+type poolKey struct{ group, revision, user string }
+
+// maxPools bounds the pools, as there may be many users. With more all are retired.
+const maxPools = 1024
 
 // pools holds the http.Transports. Within one of them a connection to a name and
 // port is used again for the same name and port alone. As group, name, port and
@@ -508,6 +649,11 @@ type pools struct {
 
 func (p *pools) get(k poolKey) *http.Transport {
 	p.mu.Lock()
+	if len(p.m) >= maxPools && p.m[k] == nil {
+		p.mu.Unlock()
+		p.retire()
+		p.mu.Lock()
+	}
 	defer p.mu.Unlock()
 	t := p.m[k]
 	if t == nil {
@@ -538,22 +684,41 @@ func (s *Server) newTransport(dial dialContext) *http.Transport {
 		MaxIdleConns:           idlePerPool,
 		MaxIdleConnsPerHost:    idlePerHost,
 		IdleConnTimeout:        idleTime,
-		ExpectContinueTimeout:  time.Second,
+		ExpectContinueTimeout:  expectPatience,
 		MaxResponseHeaderBytes: int64(s.cfg.Limits.HeaderBytes),
 	}
 }
 
-// An upstreamConn is a connection in a pool, and how it came about.
+// An upstreamConn is a connection in a pool, and how it came about. Responses that
+// are not framed in one clear way end it.
 type upstreamConn struct {
 	idleConn
+	in                framed
+	remote            netip.AddrPort
 	dnsTime, connTime time.Duration
 	checked           netip.Addr // the destination's, as decided; zero if only a parent can resolve it
 	parent            string     // as in a trip
 }
 
 func (s *Server) newUpstreamConn(c net.Conn, t trip) *upstreamConn {
-	return &upstreamConn{idleConn: idleConn{Conn: c, idle: s.cfg.Timeouts.Idle}, dnsTime: t.dnsTime, connTime: t.connTime, checked: t.request.Destination, parent: t.parent}
+	return &upstreamConn{
+		idleConn: idleConn{Conn: c, idle: s.cfg.Timeouts.Idle},
+		in:       framed{framing: framing{limit: s.cfg.Limits.HeaderBytes, response: true}},
+		remote:   remoteAddr(c), dnsTime: t.dnsTime, connTime: t.connTime,
+		checked: t.request.Destination, parent: t.parent,
+	}
 }
+
+// ask says that a request is about to be sent.
+func (c *upstreamConn) ask(method string) {
+	if method == http.MethodHead {
+		c.in.asked.Store(askedHEAD)
+	} else {
+		c.in.asked.Store(askedFor)
+	}
+}
+
+func (c *upstreamConn) Read(p []byte) (int, error) { return c.in.read(&c.idleConn, p) }
 
 // dialExchange connects to the destination of the exchange in ctx; addr, which
 // says the same, is not looked at.
@@ -562,7 +727,7 @@ func (s *Server) dialExchange(ctx context.Context, _, _ string) (net.Conn, error
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(s.life, cancel)() // net/http detaches dials from the request
-	conn, t, r := s.reach(ctx, ex.request, ex.admitted)
+	conn, t, r := s.reach(ctx, ex.request, ex.admitted, ex.via)
 	if r != nil {
 		return nil, r
 	}

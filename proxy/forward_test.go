@@ -41,11 +41,11 @@ func TestT13TargetWinsOverHost(t *testing.T) {
 		"Connection: close, X-Hop, TE\r\nX-Hop: 1\r\nKeep-Alive: 5\r\nProxy-Connection: keep-alive\r\nProxy-Authorization: Basic x\r\nTE: trailers\r\n"+
 		"X-Forwarded-For: 192.0.2.1\r\nForwarded: for=192.0.2.1\r\nUpgrade: h2c\r\nHTTP2-Settings: x\r\n\r\n", port)
 	resp, body := c.response("GET")
-	want := fmt.Sprintf("GET /a%%2Fb?q=%%20\nHost: api.ok.test:%d\nAccept-Encoding: br\r\nHttp2-Settings: x\r\nVia: 1.1 sallyport\r\nX-End: 1\r\n", port)
+	want := fmt.Sprintf("GET /a%%2Fb?q=%%20\nHost: api.ok.test:%d\nAccept-Encoding: br\r\nConnection: TE\r\nTe: trailers\r\nVia: 1.1 %s\r\nX-End: 1\r\n", port, pseudonym)
 	if resp.StatusCode != 200 || body != want {
 		t.Errorf("%s\n%s\nwant\n%s", resp.Status, body, want)
 	}
-	if resp.Header.Get("Via") != "1.1 sallyport" || !resp.Close {
+	if resp.Header.Get("Via") != "1.1 "+pseudonym || !resp.Close {
 		t.Errorf("%v", resp.Header)
 	}
 	ev := g.next()

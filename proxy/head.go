@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 )
 
@@ -34,12 +35,16 @@ type head struct {
 	method, target []byte
 	host           []byte // value of the Host field
 	userAgent      []byte
-	json           bool // an Accept field asks for application/json
+	json           bool   // an Accept field asks for application/json
+	credentials    []byte // value of the last Proxy-Authorization field
 
 	minor         byte // of HTTP/1.x: '0' or '1'
 	hosts         int
+	authorized    int // Proxy-Authorization fields
 	contentLength []byte
 	chunked       bool
+	via           []byte // values of Via, as one
+	looped        bool   // one of them says that it has been through this process
 }
 
 // readHead reads from r until b holds a whole request head (RFC 9112, section 2.1),
@@ -49,26 +54,13 @@ type head struct {
 //
 // The error is a headError, or r's own. b may then hold the start of a head.
 func readHead(r io.Reader, b []byte, limit int) (all []byte, n int, err error) {
-	line, pos := 0, 0 // start of the current line; what was searched
+	var l headLines
 	for {
 		if err := checkStart(b); err != nil {
 			return b, 0, err
 		}
-		for pos < len(b) {
-			i := bytes.IndexByte(b[pos:], '\n')
-			if i < 0 {
-				pos = len(b)
-				break
-			}
-			end := pos + i // of the line
-			if end == 0 || b[end-1] != '\r' {
-				return b, 0, errBareLF
-			}
-			pos = end + 1
-			if end-1 == line {
-				return b, pos, nil
-			}
-			line = pos
+		if n, err := l.end(b, false); n > 0 || err != nil {
+			return b, n, err
 		}
 		if len(b) >= limit {
 			return b, 0, errHeadTooBig
@@ -101,10 +93,8 @@ func checkStart(b []byte) error {
 }
 
 // parseHead parses b, a whole request head, as strictly as RFC 9112 allows: what
-// two parsers might read differently is refused. It replaces control characters in
-// field values by spaces in b, which RFC 9110, section 5.5, offers as the
-// alternative to refusing them; CR, LF and NUL are refused. On an error the
-// method and the target are set if they could be told.
+// two parsers might read differently is refused. On an error the method and the
+// target are set if they could be told.
 func parseHead(b []byte) (h head, err error) {
 	line, rest, _ := bytes.Cut(b, crlf)
 	if err := h.requestLine(line); err != nil {
@@ -149,19 +139,10 @@ func (h *head) requestLine(line []byte) error {
 // field reads one header field line (RFC 9112, section 5). A line that starts
 // with a space (obs-fold) and a space before the colon fail as names.
 func (h *head) field(line []byte) error {
-	name, value, ok := bytes.Cut(line, []byte{':'})
-	if !ok || !isToken(name) {
-		return badHead("header field line")
+	name, value, err := splitField(line)
+	if err != nil {
+		return err
 	}
-	for i, c := range value {
-		if c == 0 || c == '\r' {
-			return badHead("CR or NUL in a header field")
-		}
-		if c < ' ' && c != '\t' || c == 0x7f {
-			value[i] = ' '
-		}
-	}
-	value = bytes.Trim(value, " \t")
 	switch {
 	case equalFold(name, "host"):
 		h.host = value
@@ -169,6 +150,9 @@ func (h *head) field(line []byte) error {
 	case equalFold(name, "content-length"):
 		if h.contentLength != nil || !isNumber(value) {
 			return badHead("Content-Length")
+		}
+		if _, err := parseLength(value); err != nil {
+			return err
 		}
 		h.contentLength = value
 	case equalFold(name, "transfer-encoding"):
@@ -180,8 +164,33 @@ func (h *head) field(line []byte) error {
 		h.userAgent = value
 	case equalFold(name, "accept"):
 		h.json = h.json || wantsJSON(string(value))
+	case equalFold(name, "via"):
+		h.looped = h.looped || bytes.Contains(value, []byte(pseudonym))
+		if h.via != nil {
+			value = slices.Concat(h.via, []byte(", "), value)
+		}
+		h.via = value
+	case equalFold(name, "proxy-authorization"):
+		h.credentials = value
+		h.authorized++
 	}
 	return nil
+}
+
+// splitField takes a field line apart. Control characters, which RFC 9110,
+// section 5.5, forbids in values, are refused like those in names.
+func splitField(line []byte) (name, value []byte, err error) {
+	i := bytes.IndexByte(line, ':')
+	if i < 0 || !isToken(line[:i]) {
+		return nil, nil, badHead("header field line")
+	}
+	name, value = line[:i], line[i+1:]
+	for _, c := range value {
+		if c < ' ' && c != '\t' || c == 0x7f {
+			return nil, nil, badHead("control character in a header field")
+		}
+	}
+	return name, bytes.Trim(value, " \t"), nil
 }
 
 // check judges what only all fields together tell (RFC 9112, sections 3.2 and 6.1).

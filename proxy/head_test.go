@@ -26,7 +26,9 @@ func TestParseHead(t *testing.T) {
 		{"GET", get + "\r\n", 0},
 		{"POST", get + "Content-Length: 3\r\n\r\n", 0},
 		{"chunks", get + "Transfer-Encoding: Chunked\r\n\r\n", 0},
-		{"control characters become spaces", get + "X: a\x1bb\x7f\r\n\r\n", 0},
+		{"control character in a field", get + "X: a\x1bb\r\n\r\n", 400},
+		{"DEL in a field", get + "X: a\x7f\r\n\r\n", 400},
+		{"tab and UTF-8 in a field", get + "X: a\tbé\r\n\r\n", 0},
 		{"GET without Host", "GET http://a.test/ HTTP/1.1\r\n\r\n", 400},
 		{"HTTP/1.0 without Host", "GET http://a.test/ HTTP/1.0\r\n\r\n", 0},
 		{"two Hosts", get + "Host: a.test\r\n\r\n", 400},
@@ -74,11 +76,11 @@ func TestParseHead(t *testing.T) {
 }
 
 func TestParseHeadFields(t *testing.T) {
-	h, err := parseHead([]byte("CONNECT a.test:443 HTTP/1.1\r\nhOST: \t b.test \r\nUser-agent: x\x1b[31m\r\nAccept: text/*, Application/JSON\r\n\r\n"))
+	h, err := parseHead([]byte("CONNECT a.test:443 HTTP/1.1\r\nhOST: \t b.test \r\nUser-agent: x\t[31m\r\nAccept: text/*, Application/JSON\r\n\r\n"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := string(h.method) + "|" + string(h.target) + "|" + string(h.host) + "|" + string(h.userAgent); got != "CONNECT|a.test:443|b.test|x [31m" || !h.json {
+	if got := string(h.method) + "|" + string(h.target) + "|" + string(h.host) + "|" + string(h.userAgent); got != "CONNECT|a.test:443|b.test|x\t[31m" || !h.json {
 		t.Errorf("%s, JSON %v", got, h.json)
 	}
 }

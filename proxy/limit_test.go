@@ -376,9 +376,10 @@ func TestRevocationOfMany(t *testing.T) {
 		}
 	}
 	g.quiet()
-	if st := g.srv.Stats(); st.Tunnels != n/2 || st.BytesUp != 5*(n+n/2) {
+	if st := g.srv.Stats(); st.Tunnels != n/2 {
 		t.Errorf("%+v", st)
 	}
+	g.until(func() bool { return g.srv.Stats().BytesUp == 5*(n+n/2) }) // they count once they are written
 }
 
 // BenchmarkTooMany is BenchmarkConnect from a source that has opened too many.

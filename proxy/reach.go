@@ -19,16 +19,17 @@ type trip struct {
 	connTime  time.Duration
 	addresses []netip.AddrPort // that passed
 	parent    string           // the proxy it went through, host:port; "": none
+	via       string           // the proxies that the client's request says it came through, for a parent
 }
 
 // reach connects to the destination of req, for which d was decided: it resolves
 // the name once, has every address decided, and dials those that pass, or asks the
-// parent of the source's group for them. The trip is good on error too, as far as
-// it went. ctx and timeouts.connect bound it all.
-func (s *Server) reach(ctx context.Context, req policy.Request, d policy.Decision) (net.Conn, trip, *refusal) {
+// parent of the source's group for them. via is the request's Via. The trip is good
+// on error too, as far as it went. ctx and timeouts.connect bound it all.
+func (s *Server) reach(ctx context.Context, req policy.Request, d policy.Decision, via string) (net.Conn, trip, *refusal) {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.Timeouts.Connect)
 	defer cancel()
-	t := trip{decision: d, request: req}
+	t := trip{decision: d, request: req, via: via}
 	w := s.wayOf(d.Group)
 	addrs := []netip.Addr{req.Address.Unmap()}
 	if !req.Name.IsZero() {

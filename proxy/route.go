@@ -120,7 +120,7 @@ func (s *Server) dialParent(ctx context.Context, w *way, t *trip) (net.Conn, *re
 			err = fmt.Errorf("parent %s: %w", w.Parent, err)
 			return nil, connectFailed(t.decision, errors.Join(append(failed, err)...))
 		}
-		if conn, err = w.Parent.Tunnel(ctx, conn, to.authority, via); err == nil {
+		if conn, err = w.Parent.Tunnel(ctx, conn, to.authority, extendVia(t.via)); err == nil {
 			s.towards(&t.request, to.checked)
 			return conn, nil
 		}

@@ -26,6 +26,7 @@ type parent struct {
 
 	mu     sync.Mutex
 	asked  []string
+	via    string                     // of the last one
 	answer func(target string) string // "" : a tunnel
 }
 
@@ -60,6 +61,7 @@ func (p *parent) serve(c net.Conn) {
 	}
 	p.mu.Lock()
 	p.asked = append(p.asked, r.Method+" "+r.Host)
+	p.via = strings.Join(r.Header["Via"], ", ")
 	answer := ""
 	if p.answer != nil {
 		answer = p.answer(r.Host)
@@ -134,7 +136,7 @@ func TestParent(t *testing.T) {
 	c := g.dial()
 	for range 2 {
 		c.send("GET http://%s/a HTTP/1.1\r\nHost: x\r\nProxy-Authorization: Basic x\r\n\r\n", authority)
-		if resp, body := c.response("GET"); resp.StatusCode != 200 || body != fmt.Sprintf("GET /a\nHost: %s\nVia: 1.1 sallyport\r\n", authority) {
+		if resp, body := c.response("GET"); resp.StatusCode != 200 || body != fmt.Sprintf("GET /a\nHost: %s\nVia: 1.1 %s\r\n", authority, pseudonym) {
 			t.Errorf("%s\n%s", resp.Status, body)
 		}
 		from(event.HTTP)
@@ -192,6 +194,29 @@ func TestParentTunnel(t *testing.T) {
 		t.Errorf("%q, %v", b, err)
 	}
 	g.next()
+}
+
+// TestT19ParentLoop shows that a parent can see where a request has been: of gates
+// that are each other's parents, the first one refuses it when it comes back.
+func TestT19ParentLoop(t *testing.T) {
+	p := serveParent(t)
+	g := start(t, policyFor("", 8080), through(p))
+	g.resolver.set("api.ok.test", "127.0.0.1")
+	for _, tt := range []struct{ send, want string }{
+		{"CONNECT api.ok.test:8080 HTTP/1.1\r\nHost: api.ok.test:8080\r\n\r\n", "1.1 " + pseudonym},
+		{"CONNECT api.ok.test:8080 HTTP/1.1\r\nHost: api.ok.test:8080\r\nVia: 1.1 a\r\nVIA: 1.0 b, 1.1 c\r\n\r\n", "1.1 a, 1.0 b, 1.1 c, 1.1 " + pseudonym},
+		{"GET http://api.ok.test:8080/ HTTP/1.1\r\nHost: api.ok.test:8080\r\nVia: 1.1 a\r\nConnection: close\r\n\r\n", "1.1 a, 1.1 " + pseudonym},
+	} {
+		c := g.dial()
+		c.send("%s", tt.send)
+		c.response(http.MethodConnect) // whatever it is
+		c.Close()
+		p.mu.Lock()
+		if p.via != tt.want {
+			t.Errorf("Via of the parent's CONNECT: %q, want %q", p.via, tt.want)
+		}
+		p.mu.Unlock()
+	}
 }
 
 // TestT40ParentChaining: names and addresses are decided before a parent hears of them.

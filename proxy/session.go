@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"bytes"
 	"context"
 	"net"
 	"net/http"
@@ -44,8 +43,8 @@ func (c *connect) startSession(upstream net.Conn, raw []byte) {
 	s.transport = c.s.newTransport(s.dial)
 	c.s.register(s.tunnel, c.generation)
 	c.s.serveByHTTP(&clientConn{
-		idleConn: idleConn{Conn: c.client, idle: c.s.cfg.Timeouts.Idle + idleGrace},
-		s:        c.s, source: asker{c.ev.Source, c.ev.VPCEndpoint}, replay: bytes.Clone(raw), session: s,
+		idleConn: idleConn{Conn: c.client, idle: c.s.clientIdle()},
+		s:        c.s, source: asker{c.ev.Source, c.ev.VPCEndpoint}, in: requests(c.s, raw), session: s,
 	})
 }
 

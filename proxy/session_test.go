@@ -34,7 +34,7 @@ func TestT11Session(t *testing.T) {
 				c.send("%s", first[i:i+1])
 			}
 		}
-		want := fmt.Sprintf("GET /a\nHost: %s\nVia: 1.1 sallyport\r\n", authority)
+		want := fmt.Sprintf("GET /a\nHost: %s\nVia: 1.1 %s\r\n", authority, pseudonym)
 		if resp, body := c.response("GET"); resp.StatusCode != 200 || body != want {
 			t.Errorf("%s\n%s", resp.Status, body)
 		}

@@ -4,16 +4,12 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"strings"
 	"time"
 )
-
-// maxInterim bounds the 1xx responses read before another one.
-const maxInterim = 5
 
 // upgradeOf returns the protocol that a request asks to change to (RFC 9110,
 // section 7.8), or "". HTTP/2 and TLS are not passed on: they would hide from us
@@ -69,15 +65,18 @@ func (ex *exchange) dialUpgrade(ctx context.Context) (net.Conn, *refusal) {
 			return nil, exchangeFailed(ex.decision, err)
 		}
 		ex.ev.Destination, ex.ev.Parent = t.to, t.tunnel.ev.Parent
-		return conn.(*upstreamConn).Conn, nil
+		conn = conn.(*upstreamConn).Conn
+		ex.client.live.reached(conn, ex.request)
+		return conn, nil
 	}
-	conn, t, refused := ex.s.reach(ctx, ex.request, ex.admitted)
+	conn, t, refused := ex.s.reach(ctx, ex.request, ex.admitted, ex.via)
 	ex.ev.DNSTime, ex.ev.ConnTime, ex.ev.Parent = t.dnsTime, t.connTime, t.parent
 	if refused != nil {
 		return nil, refused
 	}
 	ex.request, ex.decision = t.request, t.decision
 	ex.ev.Destination = remoteAddr(conn)
+	ex.client.live.reached(conn, ex.request)
 	return conn, nil
 }
 
@@ -85,12 +84,13 @@ func (ex *exchange) dialUpgrade(ctx context.Context) (net.Conn, *refusal) {
 func (ex *exchange) negotiate(r *http.Request, conn net.Conn, protocol string) *refusal {
 	conn.SetDeadline(time.Now().Add(ex.s.cfg.Timeouts.Idle))
 	prepare(r)
+	delete(r.Header, "Te")
 	r.Header.Set("Connection", "Upgrade")
 	r.Header.Set("Upgrade", protocol)
 	if r.ContentLength == 0 {
 		r.Body = http.NoBody
 	}
-	br := bufio.NewReader(conn)
+	br := bufio.NewReader(newResponseReader(conn, ex.s.cfg.Limits.HeaderBytes))
 	resp, err := readResponse(r, conn, br)
 	if err != nil {
 		conn.Close()
@@ -120,13 +120,13 @@ func readResponse(r *http.Request, conn net.Conn, br *bufio.Reader) (*http.Respo
 	if err := r.Write(conn); err != nil {
 		return nil, err
 	}
-	for range maxInterim {
+	for range maxInterims {
 		resp, err := http.ReadResponse(br, r)
 		if err != nil || resp.StatusCode >= 200 || resp.StatusCode == http.StatusSwitchingProtocols {
 			return resp, err
 		}
 	}
-	return nil, errors.New("malformed response: too many 1xx")
+	return nil, errInterims
 }
 
 // switchTo answers 101 and makes a tunnel of the two connections. Not before now
@@ -134,7 +134,7 @@ func readResponse(r *http.Request, conn net.Conn, br *bufio.Reader) (*http.Respo
 func (ex *exchange) switchTo(conn net.Conn, br *bufio.Reader, resp *http.Response) *refusal {
 	upgrade := resp.Header.Get("Upgrade")
 	stripHopByHop(resp.Header)
-	resp.Header.Add("Via", via)
+	addVia(resp.Header, resp.ProtoMinor)
 	resp.Header.Set("Connection", "Upgrade")
 	resp.Header.Set("Upgrade", upgrade)
 	var b bytes.Buffer
@@ -153,7 +153,7 @@ func (ex *exchange) switchTo(conn net.Conn, br *bufio.Reader, resp *http.Respons
 	}
 	ex.taken = true
 	ex.ev.Status, ex.ev.Decision = http.StatusSwitchingProtocols, ex.decision
-	t := &tunnel{s: ex.s, client: client, upstream: conn, request: ex.request, ev: ex.ev, place: ex.place}
+	t := &tunnel{s: ex.s, client: client, upstream: conn, request: ex.request, hash: ex.who.hash, ev: ex.ev, place: ex.place}
 	ex.place = nil
 	if s := ex.client.session; s != nil {
 		t.then = s.end
@@ -190,8 +190,8 @@ func (c *clientConn) hijack(w http.ResponseWriter) (conn net.Conn, early []byte,
 	}
 	early = make([]byte, 0, minBuffer)
 	buffered, _ := rw.Peek(rw.Reader.Buffered())
-	early = append(append(early, buffered...), c.replay...)
-	c.replay = nil
+	early = append(append(early, buffered...), c.in.held...)
+	c.in.held = nil
 	c.Conn.SetDeadline(time.Time{})
 	return c.Conn, early, nil
 }

@@ -102,7 +102,7 @@ func TestUpgradeRefused(t *testing.T) {
 		{"HTTP/1.1 426 Upgrade Required\r\nContent-Length: 2\r\nConnection: X-Hop\r\nX-Hop: 1\r\n\r\nno", 426, "no"},
 		{"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nno\r\n0\r\n\r\n", 200, "no"},
 		{"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n", 502, "reason: connect_failed"},
-		{strings.Repeat("HTTP/1.1 103 Early Hints\r\n\r\n", 10), 502, "reason: connect_failed"},
+		{strings.Repeat("HTTP/1.1 103 Early Hints\r\n\r\n", maxInterims+1), 502, "reason: connect_failed"},
 		{"SSH-2.0-x\r\n", 502, "reason: connect_failed"},
 	} {
 		c.send("GET http://ws.ok.test:%d/ HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", o.port())

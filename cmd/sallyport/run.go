@@ -9,6 +9,7 @@ import (
 	"os/signal"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/rs/zerolog"
 	"github.com/spf13/cobra"
@@ -21,6 +22,7 @@ import (
 	"sallyport/policy"
 	"sallyport/policy/event"
 	"sallyport/proxy"
+	"sallyport/proxy/htpasswd"
 )
 
 func newRun(o *options) *cobra.Command {
@@ -64,10 +66,13 @@ type gate struct {
 	resolver *dnsfilter.Resolver
 	dns      *dnsfilter.Server
 	proxy    *proxy.Server
+	users    *htpasswd.File // in force; nil: none
 	admin    *admin.Server
 	signals  <-chan os.Signal
 	hangup   chan struct{} // SIGHUP asks for a reload of settings and policy
 	changed  chan struct{} // the policy's files ask for one of the policy
+
+	certificates certificates // in force, of proxy.tls
 }
 
 // newGate builds everything and loads the policy. Nothing listens yet.
@@ -78,6 +83,17 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 		return nil, usageError(err)
 	}
 	loadErr := err
+	if g.users, err = loadUsers(s.Proxy.Auth); err != nil {
+		return nil, usageError(err)
+	}
+	if len(s.Proxy.TLSListen) > 0 {
+		if g.certificates, err = loadCertificates(s.Proxy.TLS); err != nil {
+			return nil, usageError(err)
+		}
+		if w := g.certificates.warning(s.Proxy.TLS.Certificate, time.Now()); w != nil {
+			warnings = append(warnings, w)
+		}
+	}
 	if g.log, err = eventlog.Open(eventlog.Options{
 		Format: eventlog.Format(s.Log.Format), Output: s.Log.Output, Level: s.Log.Level, Node: s.Node,
 	}); err != nil {
@@ -165,6 +181,11 @@ func (g *gate) proxyConfig() proxy.Config {
 		Decider: &g.store, Resolver: g.resolver, Observer: g.observer, Logger: g.logger,
 		PrivateZone: g.resolver.PrivateZone,
 		Listen:      s.Listen, HelpURL: s.HelpURL, PACDirect: s.PAC.Direct,
+		Auth: proxy.Auth{
+			Users: g.users, Realm: s.Auth.Realm, Required: s.Auth.Required,
+			HasUsers: func() bool { p := g.store.Policy(); return p != nil && p.HasUsers() },
+		},
+		TLS: proxy.TLS{Listen: s.TLSListen, TLSIdentity: g.certificates.TLSIdentity},
 		Timeouts: proxy.Timeouts{
 			Connect: s.Timeouts.Connect, ClientHello: s.Timeouts.ClientHello, RequestHeader: s.Timeouts.RequestHeader,
 			Idle: s.Timeouts.Idle, Drain: s.Timeouts.Drain,
@@ -232,6 +253,9 @@ func (g *gate) serve(ctx context.Context, hints io.Writer) error {
 	start("admin", g.admin.Serve, servers)
 	if g.source.files != nil {
 		start("watch policy", g.watch, helpers)
+	}
+	if len(g.identityFiles()) > 0 {
+		wg.Go(func() { g.watchIdentity(helpers) })
 	}
 	wg.Go(func() { g.reloader(helpers) })
 	wg.Go(func() { g.serveSignals(helpers) })
@@ -307,6 +331,9 @@ func (g *gate) announce(hints io.Writer) {
 	}
 	for _, a := range g.proxy.Addrs() {
 		say("proxy", a.String())
+	}
+	for _, a := range g.proxy.TLSAddrs() {
+		say("proxy_tls", a.String())
 	}
 	for _, a := range g.dns.Addrs() {
 		say("dns", a.String())

@@ -30,6 +30,7 @@ const (
 	sizePattern     = `^[0-9]+(B|KiB|MiB|GiB)?$`
 	listenPattern   = `^([0-9A-Za-z.]*|\[[0-9A-Za-z:.%]+\]):[0-9]{1,5}$`
 	nodePattern     = `^[0-9A-Za-z._-]*$`
+	realmPattern    = `^[ !#-\[\]-~]{1,64}$` // what a quoted-string holds without escapes
 )
 
 // maxText bounds a free text, in bytes.
@@ -51,6 +52,7 @@ var kinds = map[string]kind{
 	"suffix":   {parseSuffix, matching("")},
 	"direct":   {parseDirect, matching("")},
 	"parent":   {parseParent, matching("^$|^https?://")},
+	"realm":    {parseRealm, matching(realmPattern)},
 	"node":     {parseNode, matching(nodePattern)},
 	"listen":   {parseListen, matching(listenPattern)},
 	"admin":    {parseAdmin, matching("^$|" + listenPattern)},
@@ -333,6 +335,13 @@ func parseURL(_ *field, s string) (any, error) {
 func parseNode(_ *field, s string) (any, error) {
 	if !regexp.MustCompile(nodePattern).MatchString(s) || len(s) > 253 {
 		return nil, fmt.Errorf("%s is not a node name; write up to 253 letters, digits, dots, hyphens and underscores", quote(s))
+	}
+	return s, nil
+}
+
+func parseRealm(_ *field, s string) (any, error) {
+	if !regexp.MustCompile(realmPattern).MatchString(s) {
+		return nil, fmt.Errorf(`%s is not a realm; write 1 to 64 ASCII characters without quotes and backslashes`, quote(s))
 	}
 	return s, nil
 }

@@ -39,6 +39,9 @@ type Proxy struct {
 	Listen        []string      `yaml:"listen" kind:"listen" doc:"Addresses to listen on, host:port. No host: every address of this machine. []: no proxy. Port 0: any free port."`
 	HelpURL       string        `yaml:"help_url" kind:"url" doc:"Shown to a refused client: where to ask for access (https:, http: or mailto:). Empty: nothing is shown."`
 	ProxyProtocol ProxyProtocol `yaml:"proxy_protocol" doc:"PROXY protocol from load balancers in front of the proxy."`
+	Auth          Auth          `yaml:"auth" doc:"Credentials of clients: who asks, beyond the address."`
+	TLSListen     []string      `yaml:"tls_listen" kind:"listen" doc:"Addresses where clients speak TLS to the proxy, with HTTP/1.1 or HTTP/2, host:port. Needs tls.certificate and tls.key. []: none."`
+	TLS           TLS           `yaml:"tls" doc:"The TLS of tls_listen, and client certificates."`
 	Timeouts      Timeouts      `yaml:"timeouts" doc:"How long the proxy waits."`
 	Limits        Limits        `yaml:"limits" doc:"How much the proxy takes on."`
 
@@ -67,6 +70,23 @@ type PAC struct {
 // ProxyProtocol says which peers may send a PROXY protocol header.
 type ProxyProtocol struct {
 	Trusted []netip.Prefix `yaml:"trusted" kind:"prefix" doc:"Load balancers, as prefixes. Every connection from them must begin with a PROXY protocol header, version 1 or 2, whose source is then who asks. From anyone else such a header closes the connection."`
+}
+
+// Auth says how clients prove by a password who they are.
+type Auth struct {
+	Htpasswd string `yaml:"htpasswd" kind:"path" doc:"File of users and bcrypt hashes, as htpasswd -B writes it; relative to this file. Empty: Proxy-Authorization is not looked at, and never forwarded."`
+	Realm    string `yaml:"realm" kind:"realm" doc:"Shown to people who are asked for a password."`
+	Required bool   `yaml:"required" kind:"bool" doc:"Nobody passes without a password or a client certificate. false: credentials are asked for where the source has no group and the policy lists users."`
+}
+
+// TLS holds the certificate of the TLS listeners and what they want of clients.
+type TLS struct {
+	Certificate   string `yaml:"certificate" kind:"path" doc:"PEM file of the listener's certificate and the chain to its authority; relative to this file. Read again when it changes."`
+	Key           string `yaml:"key" kind:"path" doc:"PEM file of the certificate's key; relative to this file."`
+	ClientCA      string `yaml:"client_ca" kind:"path" doc:"PEM file of the authorities that sign client certificates; relative to this file. Empty: clients are asked for none. Revocation is not looked at."`
+	RequireClient bool   `yaml:"require_client_certificate" kind:"bool" doc:"No connection without a client certificate. false: it is taken if there is one."`
+	UserFrom      string `yaml:"user_from" kind:"enum" enum:"san cn" doc:"What in a client certificate names the user. san: the first mail address, or else the first DNS name, of subjectAltName. cn: the common name of the subject."`
+	MinVersion    string `yaml:"min_version" kind:"enum" enum:"1.2 1.3" doc:"Lowest TLS version of the listener. What clients speak inside a CONNECT is the policy's to say."`
 }
 
 // Timeouts bound each stage of a connection.

@@ -134,7 +134,7 @@ const other = "other"
 const verdicts = 3
 
 var (
-	listeners = [...]string{"proxy", "dns", "transparent"}
+	listeners = [...]string{"proxy", "proxy_tls", "dns", "transparent"}
 	qtypes    = [...]string{"A", "AAAA", "HTTPS", "SVCB", "CNAME", "TXT", "SRV", "MX", "NS", "SOA", "PTR", "CAA",
 		"DS", "DNSKEY", "NAPTR", "TLSA", "SSHFP", "URI", "NULL", "ANY", "AXFR", "IXFR"}
 	rcodes = [...]string{"NOERROR", "FORMERR", "SERVFAIL", "NXDOMAIN", "NOTIMP", "REFUSED", "BADVERS"}

@@ -103,7 +103,7 @@ func (e End) String() string {
 // keeps the stack that the handshake needed.
 //
 // The end of one side's stream becomes CloseWrite on the other, and the
-// opposite direction stays open. If the other has no CloseWrite method, the
+// opposite direction stays open; the end of the second is left to the caller's Close. If the other has no CloseWrite method, the
 // tunnel ends, because there is no other way to tell it. A connection that
 // breaks ends both directions, once the bytes it had sent are delivered.
 //
@@ -203,10 +203,11 @@ func (h *half) endOfStream() {
 		h.t.leave()
 		return
 	}
-	dst.CloseWrite() // an error means that dst is dead: the other direction reads from it and will see
-	if !h.t.leave() {
-		h.awaitReset()
+	if h.t.leave() {
+		return // the caller's Close says it
 	}
+	dst.CloseWrite() // an error means that dst is dead: the other direction reads from it and will see
+	h.awaitReset()
 }
 
 // copy is the portable way to move bytes. At the end of src's stream it returns

@@ -304,8 +304,12 @@ func TestPlainHTTP(t *testing.T) {
 	})
 	t.Run("hostile strings stay one line of JSON", func(t *testing.T) {
 		m := g.mark()
-		g.curl(ciSource, "-A", "x\x1b[31m\xff\"\\{}", "http://other.test/")
+		g.curl(ciSource, "-A", "x\t[31m\xff\"\\{}", "http://other.test/")
 		g.line(m, map[string]any{"event": "http", "reason": "not_listed"})
+		m = g.mark()
+		g.curl(ciSource, "-A", "x\x1b[31m", "http://other.test/")
+		g.line(m, map[string]any{"event": "http", "reason": "bad_request"})
+		m = g.mark()
 		c := dialFrom(t, ciSource, g.proxy)
 		io.WriteString(c, "CONNECT \xff\x1b\"};{\" HTTP/1.1\r\n\r\n")
 		g.line(m, map[string]any{"event": "connect", "reason": "bad_request"})

@@ -1,0 +1,117 @@
+package proxy
+
+import (
+	"net"
+	"sync"
+	"time"
+
+	"sallyport/policy"
+)
+
+// clients are the connections that net/http serves.
+type clients struct {
+	mu   sync.Mutex // guards live
+	live map[*clientConn]struct{}
+}
+
+func (cs *clients) add(c *clientConn) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	cs.live[c] = struct{}{}
+}
+
+func (cs *clients) remove(c *clientConn) {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	delete(cs.live, c)
+}
+
+// each calls f with every exchange under way, without the lock.
+func (cs *clients) each(f func(*liveExchange)) {
+	cs.mu.Lock()
+	all := make([]*clientConn, 0, len(cs.live))
+	for c := range cs.live {
+		all = append(all, c)
+	}
+	cs.mu.Unlock()
+	for _, c := range all {
+		f(&c.live)
+	}
+}
+
+// A liveExchange is the exchange under way on a client's connection, as a change of
+// policy finds it.
+type liveExchange struct {
+	mu       sync.Mutex // guards what follows
+	ex       *exchange  // nil: none
+	request  policy.Request
+	upstream net.Conn // what the response comes from; nil: not yet known
+	answered bool     // the response has begun
+}
+
+// begin says that ex is under way. A policy that changed since the decision about
+// it has not seen it.
+func (l *liveExchange) begin(ex *exchange) {
+	l.mu.Lock()
+	l.ex, l.request = ex, ex.request
+	l.mu.Unlock()
+	if ex.s.generation.Load() != ex.generation {
+		l.recheck()
+		l.cutRevoked()
+	}
+}
+
+// reached says which connection serves the exchange, and what was decided for it.
+func (l *liveExchange) reached(conn net.Conn, request policy.Request) {
+	l.mu.Lock()
+	l.upstream, l.request = conn, request
+	revoked := l.ex != nil && l.ex.revoked.Load() != nil
+	l.mu.Unlock()
+	if revoked {
+		conn.Close()
+	}
+}
+
+// answer says that the response begins.
+func (l *liveExchange) answer() {
+	l.mu.Lock()
+	l.answered = true
+	l.mu.Unlock()
+}
+
+// end says that the exchange is over.
+func (l *liveExchange) end() {
+	l.mu.Lock()
+	l.ex, l.upstream, l.answered = nil, nil, false
+	l.mu.Unlock()
+}
+
+// recheck decides the exchange again and notes if it no longer passes.
+func (l *liveExchange) recheck() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.ex == nil {
+		return
+	}
+	req := l.request
+	req.Time = time.Now()
+	if d := l.ex.s.cfg.Decider.Decide(req); !d.Passes() {
+		l.ex.revoked.CompareAndSwap(nil, &d)
+	}
+}
+
+// cutRevoked ends the exchange if a recheck said so: it takes the far side away,
+// and once there is something of a response also the client.
+func (l *liveExchange) cutRevoked() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.ex == nil || l.ex.revoked.Load() == nil {
+		return
+	}
+	if l.upstream != nil {
+		l.upstream.Close()
+	}
+	if l.answered && !l.ex.http2 { // a stream of HTTP/2 ends by itself, as the response breaks off
+		l.ex.client.Conn.Close()
+	}
+}
