@@ -35,8 +35,8 @@ func (k key) fqdn() string { return fqdn(k.name) }
 // query returns what an upstream is asked. Nothing of the client's own query but
 // DO and CD is in it; AD asks for AD in the answer (RFC 6840, section 5.7).
 func (k key) query() *dns.Msg {
-	q := new(dns.Msg).SetQuestion(k.fqdn(), k.qtype)
-	q.AuthenticatedData, q.CheckingDisabled = true, k.cd
+	q := &dns.Msg{Question: []dns.Question{{Name: k.fqdn(), Qtype: k.qtype, Qclass: dns.ClassINET}}}
+	q.RecursionDesired, q.AuthenticatedData, q.CheckingDisabled = true, true, k.cd // each exchange has its own ID
 	return q.SetEdns0(defaultEDNSSize, k.do)
 }
 
@@ -65,7 +65,8 @@ func (rep *reply) extend(more *reply) {
 	}
 }
 
-// An entry is what upstreams said about a key. It never changes, but for packed.
+// An entry is what upstreams said about a key. It never changes, but for packed and what
+// used notes.
 type entry struct {
 	wire    []byte // as a message, with TTLs within the cache's bounds
 	stored  time.Time
@@ -75,6 +76,9 @@ type entry struct {
 	err     error       // the upstreams failed
 
 	packed atomic.Pointer[packed] // made when the entry is first asked for again
+
+	hits       atomic.Uint32 // up to prefetchHits
+	refreshing atomic.Bool   // it is being asked for again
 }
 
 // newEntry returns what is kept of m, the upstreams' answer to k.

@@ -51,6 +51,14 @@ type Config struct {
 	// TCP for truncated answers. Empty: the name servers of ResolvConf.
 	Upstreams []string
 
+	// UpstreamMode says which of several upstreams is asked first; "" is UpstreamsSequential.
+	UpstreamMode UpstreamMode
+
+	// CaseRandomisation sends names over UDP with letters in random case and ignores
+	// answers that do not repeat it (draft-vixie-dnsext-dns0x20), which makes forged ones
+	// rarer still. Nothing is heard then of a server that does not keep the case.
+	CaseRandomisation bool
+
 	// ResolvConf is read for upstreams if there are none, and again when it changes;
 	// "" is /etc/resolv.conf. Its search list and options are ignored.
 	ResolvConf string
@@ -71,6 +79,15 @@ type Config struct {
 	CNAMEs       CNAMEs       // whether alias targets are decided too; "" is CNAMEsTrust
 	Cache        Cache        // bounds of the cache
 
+	// HealthName is answered to every source, of a group or not, without an upstream
+	// and whatever the policy says: A 127.0.0.1, AAAA ::1, TXT "ok". "": no name is.
+	HealthName string
+
+	// SearchDomains are suffixes that clients append to names while they search
+	// (resolv.conf(5)), such as cluster.local. Unlisted names below them are answered
+	// NXDOMAIN whatever Deny says, so that clients go on to the name as it was meant.
+	SearchDomains []string
+
 	// MaxUDPSize is the largest UDP answer in bytes, 512 to 4096, for clients that
 	// accept as much (RFC 6891, section 6.2.5); 0 is 1232, which is never fragmented.
 	MaxUDPSize int
@@ -83,6 +100,10 @@ type Config struct {
 type Zone struct {
 	Zone      string   // such as corp.example
 	Upstreams []string // as Config.Upstreams, at least one
+
+	// PrivateDestinations are prefixes outside the globally reachable space that names
+	// of the zone may lead to, where no rule says so: see Resolver.PrivateZone.
+	PrivateDestinations []netip.Prefix
 }
 
 // A Record is answered locally. A name that has any record has no others than its Records.
@@ -99,7 +120,18 @@ type Cache struct {
 	MinTTL     time.Duration // shorter TTLs are raised to it; 0 raises none
 	MaxTTL     time.Duration // longer TTLs are cut to it; 0 is 24 hours
 	ServeStale time.Duration // how long after its TTL an answer may stand in for a failed upstream (RFC 8767); 0: never
+	Prefetch   bool          // an answer in use is asked for again in the last tenth of its TTL, so that nobody waits for it
 }
+
+// UpstreamMode says which of several upstreams is asked first. Those that failed
+// lately always come after the others, those that are down last.
+type UpstreamMode string
+
+// The orders in which upstreams are asked.
+const (
+	UpstreamsSequential UpstreamMode = "sequential" // as they are listed
+	UpstreamsFastest    UpstreamMode = "fastest"    // by smoothed round-trip time; one question in 32 goes to another, to know its time
+)
 
 // Denial is how a refusal looks to clients.
 type Denial string
@@ -155,6 +187,9 @@ func (c Config) withDefaults() Config {
 	if c.HTTPSRecords == "" {
 		c.HTTPSRecords = HTTPSStripECH
 	}
+	if c.UpstreamMode == "" {
+		c.UpstreamMode = UpstreamsSequential
+	}
 	if c.CNAMEs == "" {
 		c.CNAMEs = CNAMEsTrust
 	}
@@ -195,6 +230,11 @@ func (c Config) check() error {
 	case DenyRefused, DenyNXDomain, DenyNodata, DenySinkhole:
 	default:
 		errs = append(errs, fmt.Errorf("dns.deny: %q is none of refused, nxdomain, nodata, sinkhole", c.Deny))
+	}
+	switch c.UpstreamMode {
+	case UpstreamsSequential, UpstreamsFastest:
+	default:
+		errs = append(errs, fmt.Errorf("dns.upstream_mode: %q is none of sequential, fastest", c.UpstreamMode))
 	}
 	switch c.HTTPSRecords {
 	case HTTPSPass, HTTPSStripECH, HTTPSNodata:

@@ -9,188 +9,31 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"strings"
-	"sync"
 	"time"
 
 	"github.com/miekg/dns"
 )
 
 const (
-	maxIdleConns = 8               // kept open to one upstream
-	maxIdle      = 5 * time.Second // reused at most this long after their last answer; servers close soon after (RFC 7766, section 6.2.3)
+	maxIdleConns = 8                // to one HTTPS upstream, and TLS sessions remembered of one upstream
+	maxDoHHeader = 16 << 10         // bytes of the header of an answer over HTTPS
+	pingAfter    = 10 * time.Second // without a frame of an HTTP/2 connection
+	pingTimeout  = 3 * time.Second  // for its answer; the connection is closed then
+	dohIdle      = 30 * time.Second // before an unused HTTPS connection is closed
 )
 
 // errMalformed is an answer to the question asked whose records cannot be read.
 var errMalformed = errors.New("malformed answer")
 
-// An exchanger asks one server one question. The answer matches the query's
-// question, and its ID as sent. The context has a deadline.
+// errOtherQuestion is an answer over HTTPS to another question than the one asked.
+var errOtherQuestion = errors.New("the answer does not match the question")
+
+// An exchanger asks one server one question, which has an empty OPT record at its end
+// or none. The answer matches the question, and the ID as sent. The context has a
+// deadline. close ends what is under way and waits for it.
 type exchanger interface {
 	exchange(ctx context.Context, query *dns.Msg) (*dns.Msg, error)
 	close()
-}
-
-// A datagram asks over UDP, and over TCP again if the answer was truncated.
-type datagram struct {
-	addr   string
-	stream *stream
-}
-
-// exchange uses a socket of its own for each query: the kernel chooses a random
-// port, and a connected socket hears only the address asked (RFC 5452, section 9).
-func (d *datagram) exchange(ctx context.Context, query *dns.Msg) (*dns.Msg, error) {
-	c, err := new(net.Dialer).DialContext(ctx, "udp", d.addr)
-	if err != nil {
-		return nil, err
-	}
-	m, err := d.ask(ctx, c, query)
-	c.Close()
-	if err == nil && m.Truncated {
-		return d.stream.exchange(ctx, query)
-	}
-	return m, err
-}
-
-func (d *datagram) ask(ctx context.Context, c net.Conn, query *dns.Msg) (*dns.Msg, error) {
-	defer interrupt(ctx, c)()
-	q := withID(query)
-	conn := dns.Conn{Conn: c, UDPSize: maxEDNSSize}
-	if err := conn.WriteMsg(q); err != nil {
-		return nil, err
-	}
-	for { // what does not match is somebody else's: keep listening until the deadline
-		p, err := conn.ReadMsgHeader(nil)
-		if errors.Is(err, dns.ErrShortRead) {
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		m := new(dns.Msg)
-		malformed := m.Unpack(p)
-		if !answers(m, q) {
-			continue
-		}
-		if malformed != nil && !m.Truncated {
-			return nil, fmt.Errorf("%w: %w", errMalformed, malformed)
-		}
-		return m, nil
-	}
-}
-
-func (d *datagram) close() { d.stream.close() }
-
-// A stream asks over TCP, or TLS if tls is set. It keeps connections for the next query.
-type stream struct {
-	addr string
-	tls  *tls.Config
-
-	mu     sync.Mutex // guards what follows
-	idle   []idleConn
-	closed bool
-}
-
-type idleConn struct {
-	net.Conn
-	since time.Time
-}
-
-func (s *stream) exchange(ctx context.Context, query *dns.Msg) (*dns.Msg, error) {
-	if c := s.take(); c != nil {
-		if m, err := s.ask(ctx, c, query); err == nil || errors.Is(err, errMalformed) || ctx.Err() != nil {
-			return m, err
-		}
-		// The server may have closed it while it was idle: that is no failure yet.
-	}
-	c, err := s.dial(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return s.ask(ctx, c, query)
-}
-
-func (s *stream) dial(ctx context.Context) (net.Conn, error) {
-	if s.tls == nil {
-		return new(net.Dialer).DialContext(ctx, "tcp", s.addr)
-	}
-	return (&tls.Dialer{Config: s.tls}).DialContext(ctx, "tcp", s.addr)
-}
-
-// ask takes ownership of c: it is kept for later or closed.
-func (s *stream) ask(ctx context.Context, c net.Conn, query *dns.Msg) (*dns.Msg, error) {
-	release := interrupt(ctx, c)
-	m, err := roundTrip(&dns.Conn{Conn: c}, withID(query))
-	if !release() || err != nil || !s.keep(c) {
-		c.Close()
-	}
-	return m, err
-}
-
-func roundTrip(c *dns.Conn, q *dns.Msg) (*dns.Msg, error) {
-	if err := c.WriteMsg(q); err != nil {
-		return nil, err
-	}
-	m, err := c.ReadMsg()
-	if m == nil {
-		return nil, err
-	}
-	return matching(m, err, q)
-}
-
-// matching returns m if it answers q and could be unpacked.
-func matching(m *dns.Msg, unpacked error, q *dns.Msg) (*dns.Msg, error) {
-	switch {
-	case !answers(m, q):
-		return nil, errors.Join(errors.New("the answer does not match the question"), unpacked)
-	case unpacked != nil:
-		return nil, fmt.Errorf("%w: %w", errMalformed, unpacked)
-	}
-	return m, nil
-}
-
-// take returns the connection used last, or nil. Those idle for too long are closed.
-func (s *stream) take() net.Conn {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	n := len(s.idle)
-	if n == 0 {
-		return nil
-	}
-	c := s.idle[n-1]
-	s.idle = s.idle[:n-1]
-	if time.Since(c.since) < maxIdle {
-		return c.Conn
-	}
-	c.Close()
-	s.drop() // the others have been idle for longer
-	return nil
-}
-
-// keep reports whether it took c for the next query.
-func (s *stream) keep(c net.Conn) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed || len(s.idle) == maxIdleConns {
-		return false
-	}
-	s.idle = append(s.idle, idleConn{c, time.Now()})
-	return true
-}
-
-func (s *stream) close() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.closed = true
-	s.drop()
-}
-
-// drop closes what is idle. The caller holds mu.
-func (s *stream) drop() {
-	for _, c := range s.idle {
-		c.Close()
-	}
-	s.idle = nil
 }
 
 // A doh asks over HTTPS (RFC 8484).
@@ -203,10 +46,13 @@ type doh struct {
 // URL's host, whose name the certificate must carry all the same.
 func newDoH(url, dial string, config *tls.Config) *doh {
 	t := &http.Transport{
-		TLSClientConfig:     config,
-		ForceAttemptHTTP2:   true,
-		MaxIdleConnsPerHost: maxIdleConns,
-		IdleConnTimeout:     30 * time.Second,
+		TLSClientConfig:        config,
+		ForceAttemptHTTP2:      true,
+		MaxConnsPerHost:        maxIdleConns,
+		MaxIdleConnsPerHost:    maxIdleConns,
+		IdleConnTimeout:        dohIdle,
+		MaxResponseHeaderBytes: maxDoHHeader,
+		HTTP2:                  &http.HTTP2Config{SendPingTimeout: pingAfter, PingTimeout: pingTimeout},
 	}
 	if dial != "" {
 		t.DialContext = func(ctx context.Context, network, _ string) (net.Conn, error) {
@@ -220,13 +66,13 @@ func newDoH(url, dial string, config *tls.Config) *doh {
 const dnsMessage = "application/dns-message"
 
 func (d *doh) exchange(ctx context.Context, query *dns.Msg) (*dns.Msg, error) {
-	q := *query
-	q.Id = 0 // RFC 8484, section 4.1
-	body, err := q.Pack()
+	w, err := newWaiter(query, dress{padded: true})
 	if err != nil {
 		return nil, err
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, d.url, bytes.NewReader(body))
+	// Not freed: the transport may read the body after Do has returned.
+	w.packet[0], w.packet[1] = 0, 0 // RFC 8484, section 4.1
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, d.url, bytes.NewReader(w.packet))
 	if err != nil {
 		return nil, err
 	}
@@ -244,32 +90,10 @@ func (d *doh) exchange(ctx context.Context, query *dns.Msg) (*dns.Msg, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := new(dns.Msg)
-	return matching(m, m.Unpack(p), &q)
+	if len(p) < headerSize || p[0]|p[1] != 0 || !w.answeredBy(p) {
+		return nil, errOtherQuestion
+	}
+	return w.unpack(p)
 }
 
 func (d *doh) close() { d.client.CloseIdleConnections() }
-
-// withID returns a copy of query with a random ID (RFC 5452, section 9.2).
-func withID(query *dns.Msg) *dns.Msg {
-	q := *query
-	q.Id = dns.Id()
-	return &q
-}
-
-// answers reports whether m is a response to q.
-func answers(m, q *dns.Msg) bool {
-	if !m.Response || m.Id != q.Id || m.Opcode != q.Opcode || len(m.Question) != 1 {
-		return false
-	}
-	a, b := m.Question[0], q.Question[0]
-	return a.Qtype == b.Qtype && a.Qclass == b.Qclass && strings.EqualFold(a.Name, b.Name)
-}
-
-// interrupt gives c the deadline of ctx and ends what c waits for when ctx is
-// cancelled. The function it returns ends that; it is false if it came too late.
-func interrupt(ctx context.Context, c net.Conn) func() bool {
-	deadline, _ := ctx.Deadline()
-	c.SetDeadline(deadline)                                                  // fails on closed connections only, where the next call says so
-	return context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) }) // as above
-}

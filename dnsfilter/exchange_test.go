@@ -463,7 +463,7 @@ func TestMalformedAnswersEndTheExchange(t *testing.T) {
 			if took := time.Since(begin); rep.err == nil || !strings.Contains(rep.err.Error(), "malformed answer") || took > tryTimeout/2 {
 				t.Errorf("reply = %+v after %v", rep, took)
 			}
-			if !r.UpstreamOK() || !r.pool.order()[0].penalty(time.Now()).IsZero() {
+			if !r.UpstreamOK() || !r.pool.order()[0].standing(time.Now()).penalty.IsZero() {
 				t.Error("an upstream that answers counts as one that does not")
 			}
 		})

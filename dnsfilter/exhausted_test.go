@@ -36,7 +36,7 @@ func TestALackOfDescriptorsIsNotRemembered(t *testing.T) {
 	if _, err := r.LookupNetIP(context.Background(), "ip4", "api.ok.test"); !errors.Is(err, syscall.EMFILE) {
 		t.Errorf("LookupNetIP without descriptors: %v, want EMFILE", err)
 	}
-	if !u.penalty(clock.now()).IsZero() || !r.UpstreamOK() {
+	if !u.standing(clock.now()).penalty.IsZero() || !r.UpstreamOK() {
 		t.Error("the upstream is held to have failed")
 	}
 	if r.Stats().UpstreamFailures == 0 {

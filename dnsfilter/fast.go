@@ -94,7 +94,7 @@ func (f *fast) sampleKey() []byte {
 func (f *fast) refuse(dst []byte, o *outcome) []byte {
 	start := len(dst)
 	var sunk []byte
-	switch f.s.cfg.Deny {
+	switch f.s.resolver.denialOf(wire.AppendText(f.text[:0], f.q.Name.Bytes()), o.d.Reason) {
 	case DenyNXDomain:
 		o.rcode = dns.RcodeNameError
 	case DenyNodata:
@@ -142,7 +142,8 @@ func (f *fast) cached(dst []byte, req policy.Request, c client, now time.Time, o
 			return f.nodata(dst, o), true
 		}
 	}
-	if _, own := s.resolver.hosts.find(q.Name.Bytes(), q.Type); own {
+	s.resolver.refreshHosts()
+	if s.resolver.hosts.mayHave(q.Name.Bytes(), q.Type) {
 		return dst, false
 	}
 	k := q.Key()
@@ -153,6 +154,9 @@ func (f *fast) cached(dst []byte, req policy.Request, c client, now time.Time, o
 	}
 	if dst, ok := f.known(dst, e, s.packedOf(k, q.Type, e), req, c, now, o); ok {
 		s.counts.hits.Add(1)
+		if s.resolver.due(e, now) {
+			s.resolver.prefetch(key{name: q.Name.Name(), qtype: q.Type, do: q.DO, cd: q.CD}, e)
+		}
 		return dst, true
 	}
 	return dst, false
@@ -191,6 +195,9 @@ func (f *fast) known(dst []byte, e *entry, p *packed, req policy.Request, c clie
 func (f *fast) allPass(req policy.Request, p *packed) bool {
 	for _, a := range p.addrs {
 		req.Destination = a
+		if r := f.s.resolver; r.privateZones {
+			req.PrivateZone = r.PrivateZone(f.q.Name.Name(), a)
+		}
 		if d := f.decide(req); !d.Passes() {
 			return false
 		}

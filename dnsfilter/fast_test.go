@@ -55,12 +55,14 @@ var labZone = []string{
 	"x.cdn.test. 60 IN RRSIG HTTPS 13 3 60 20300101000000 20200101000000 1 test. AAAA",
 	"y.cdn.test. 60 IN SVCB 1 else.test. ipv4hint=10.1.1.1,198.41.0.8",
 	"zero.cdn.test. 0 IN A 198.41.0.9",
+	"db.zone.cdn.test. 60 IN A 10.7.0.1", "db.zone.cdn.test. 60 IN A 192.168.0.1", "db.zone.cdn.test. 60 IN AAAA fd00::7",
 	soa,
 }
 
 var (
 	labNames = []string{"api.ok.test", "txt.ok.test", "www.cdn.test", "in.cdn.test", "wide.cdn.test", "mixed.cdn.test", "private.cdn.test", "blocked.cdn.test",
-		"x.cdn.test", "y.cdn.test", "zero.cdn.test", "big.cdn.test", "mid.cdn.test", "none.cdn.test", "bad.cdn.test", "evil.test", "rec.cdn.test", "other.test"}
+		"x.cdn.test", "y.cdn.test", "zero.cdn.test", "big.cdn.test", "mid.cdn.test", "none.cdn.test", "bad.cdn.test", "evil.test", "rec.cdn.test", "other.test",
+		"use-application-dns.net", "_dns.resolver.arpa", "x.mask.icloud.com", "mask.icloud.com", "api.ok.test.search.test", "health.test", "db.zone.cdn.test"}
 	labTypes = []uint16{dns.TypeA, dns.TypeA, dns.TypeA, dns.TypeAAAA, dns.TypeHTTPS, dns.TypeSVCB, dns.TypeCNAME, dns.TypeTXT, dns.TypeMX, dns.TypeANY, dns.TypeRRSIG, 65400}
 	labFroms = []string{alice, alice, bob, watcher, stranger, "2001:db8::1"}
 )
@@ -114,8 +116,13 @@ func newLab(t testing.TB, c Config) *lab {
 	c.Decider, c.Observer, c.Now, c.Upstreams = store, l.told, l.clock.now, []string{"192.0.2.53"}
 	c.Cache = Cache{Size: mib, ServeStale: time.Hour}
 	c.Records = []Record{{Name: "rec.cdn.test", Type: "A", Value: "10.9.9.9"}}
+	c.SearchDomains, c.HealthName = []string{"search.test"}, "health.test"
+	c.Zones = []Zone{{Zone: "zone.cdn.test", Upstreams: c.Upstreams, PrivateDestinations: []netip.Prefix{netip.MustParsePrefix("10.7.0.0/16"), netip.MustParsePrefix("fd00::/8")}}}
+	c.Cache.Prefetch = true
 	r := newResolver(t, c, nil)
-	r.pool.ups.Store(&[]*upstream{{exchanger: zoned{o}}})
+	for _, p := range r.pools() {
+		p.ups.Store(&[]*upstream{{exchanger: zoned{o}}})
+	}
 	l.s = NewServer(r)
 	l.quick = newFast(l.s)
 	return l

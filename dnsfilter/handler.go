@@ -151,7 +151,7 @@ func (s *Server) answer(ctx context.Context, qu *query, now time.Time) (*reply, 
 	}
 	switch {
 	case !d.Passes():
-		return refusal(s.cfg.Deny, d, qu.q), d, 0
+		return refusal(s.resolver.denial(req.Name, d), d, qu.q), d, 0
 	case qu.q.Qtype == dns.TypeANY:
 		return minimalANY(qu.q.Name), d, 0
 	case s.cfg.HTTPSRecords == HTTPSNodata && (k.qtype == dns.TypeHTTPS || k.qtype == dns.TypeSVCB):
@@ -195,11 +195,16 @@ func (s *Server) decide(req *policy.Request, name string) policy.Decision {
 // *d does not say that the source is unknown or the name denied. It corrects *d.
 func (s *Server) ownRecords(k key, d *policy.Decision) (*reply, bool) {
 	rep := s.resolver.recorded(k)
-	if rep == nil || !rep.next.IsZero() || d.Reason == policy.ReasonUnmatchedSource || d.Reason == policy.ReasonExplicitDeny || isMeta(k.qtype) {
+	rule, health := "dns.records", !k.name.IsZero() && k.name == s.resolver.health
+	if health {
+		rule = "dns.health_name" // whoever asks, and whatever is denied
+	}
+	if rep == nil || !rep.next.IsZero() || isMeta(k.qtype) ||
+		!health && (d.Reason == policy.ReasonUnmatchedSource || d.Reason == policy.ReasonExplicitDeny) {
 		return nil, false
 	}
 	if d.Verdict != policy.Allow {
-		d.Verdict, d.Reason, d.Rule = policy.Allow, policy.ReasonMatched, "dns.records"
+		d.Verdict, d.Reason, d.Rule = policy.Allow, policy.ReasonMatched, rule
 	}
 	return rep, true
 }

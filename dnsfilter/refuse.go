@@ -49,7 +49,7 @@ func (s *Server) filter(rep *reply, req policy.Request, d policy.Decision) polic
 	var private policy.Decision // the last denial of an address
 	passes := func(a netip.Addr) bool {
 		r := req
-		r.Destination = a
+		r.Destination, r.PrivateZone = a, s.resolver.PrivateZone(r.Name, a)
 		got := s.cfg.Decider.Decide(r)
 		if !got.Passes() {
 			private = got

@@ -33,11 +33,16 @@ type Resolver struct {
 	cfg     Config
 	hosts   *hosts
 	records records
-	pool    *pool            // of the names that are in no zone
-	zones   map[string]*pool // by zone
-	cache   *cache
-	timing  timing
-	counts  counts
+	pool    *pool         // of the names that are in no zone
+	system  *watched      // resolv.conf; nil with Config.Upstreams
+	search  []policy.Name // Config.SearchDomains
+	health  policy.Name   // Config.HealthName; zero: none
+
+	privateZones bool             // a zone has PrivateDestinations
+	zones        map[string]*pool // by zone
+	cache        *cache
+	timing       timing
+	counts       counts
 
 	life context.Context // of the exchanges with upstreams, which outlive who asked first
 	end  context.CancelFunc
@@ -49,11 +54,11 @@ type Resolver struct {
 }
 
 // timing holds the bounds that tests shorten.
-type timing struct{ try, total, staleWait, delay time.Duration }
+type timing struct{ try, total, staleWait, delay, probe time.Duration }
 
 // counts are the numbers behind Stats.
 type counts struct {
-	hits, misses, stale, coalesced, sent, failed, dropped, malformed atomic.Uint64
+	hits, misses, stale, coalesced, prefetched, sent, failed, dropped, malformed atomic.Uint64
 }
 
 // Stats are numbers since the start, but for CacheEntries, CacheBytes and InFlight.
@@ -66,14 +71,19 @@ type Stats struct {
 	CacheBytes       int64  // their size in bytes
 	InFlight         int    // questions being asked of upstreams
 	Coalesced        uint64 // lookups that waited for somebody else's question
+	Prefetched       uint64 // questions asked because an answer in use was about to expire
 	UpstreamQueries  uint64 // exchanges with upstreams
 	UpstreamFailures uint64 // exchanges that ended without an answer, or with a malformed one
+	UpstreamIgnored  uint64 // what upstreams in use, or others, sent that matches no query under way: forged, or too late
 	Dropped          uint64 // queries and connections dropped because too many were under way
 	Malformed        uint64 // packets that are no query to answer: FORMERR, NOTIMP, BADVERS, or ignored
+
+	Upstreams []UpstreamStats // those in use, of Config.Upstreams and then of each zone
 }
 
 // A flight is one question on its way to the upstreams, and all who wait for it.
 type flight struct {
+	begun time.Time
 	done  chan struct{}
 	entry *entry // set before done is closed
 }
@@ -98,6 +108,17 @@ func New(c Config) (*Resolver, error) {
 	return r, nil
 }
 
+// Reload has the hosts file and resolv.conf read again before the next answer, whether
+// they look changed or not. Otherwise that happens within a second of a change.
+func (r *Resolver) Reload() {
+	if r.hosts != nil {
+		r.hosts.file.forget()
+	}
+	if r.system != nil {
+		r.system.forget()
+	}
+}
+
 // Check returns every mistake that New would find in c, as New says them. It
 // reads no files, binds nothing and sends nothing.
 func Check(c Config) error {
@@ -111,7 +132,7 @@ func parse(c Config) (*Resolver, error) {
 	r := &Resolver{
 		cfg:     c,
 		zones:   make(map[string]*pool),
-		timing:  timing{tryTimeout, totalTimeout, staleWait, resolutionDelay},
+		timing:  timing{tryTimeout, totalTimeout, staleWait, resolutionDelay, probeWait},
 		flights: make(map[key]*flight),
 	}
 	errs := []error{c.check()}
@@ -121,7 +142,7 @@ func parse(c Config) (*Resolver, error) {
 	ups, err := c.parseUpstreams("dns.upstreams", c.Upstreams)
 	errs = append(errs, err)
 	r.pool = r.newPool("", ups)
-	errs = append(errs, r.addZones())
+	errs = append(errs, r.addZones(), r.addLocal())
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
@@ -130,7 +151,8 @@ func parse(c Config) (*Resolver, error) {
 
 // newPool returns the pool of a zone, "" for the names that are in none.
 func (r *Resolver) newPool(zone string, ups []*upstream) *pool {
-	p := &pool{now: r.cfg.Now, timing: &r.timing, sent: &r.counts.sent, failed: &r.counts.failed, logger: r.cfg.Logger}
+	p := &pool{zone: zone, fastest: r.cfg.UpstreamMode == UpstreamsFastest, start: r.start,
+		now: r.cfg.Now, timing: &r.timing, counts: &r.counts, logger: r.cfg.Logger}
 	if zone != "" {
 		p.logger = p.logger.With().Str("zone", zone).Logger()
 	}
@@ -154,7 +176,15 @@ func (r *Resolver) addZones() error {
 		if len(z.Upstreams) == 0 {
 			errs = append(errs, fmt.Errorf("%s.upstreams: none; a zone needs servers to ask", path))
 		}
-		r.zones[name.String()] = r.newPool(name.String(), ups)
+		p := r.newPool(name.String(), ups)
+		for j, private := range z.PrivateDestinations {
+			if err := checkPrivate(private); err != nil {
+				errs = append(errs, fmt.Errorf("%s.private_destinations[%d]: %w", path, j, err))
+			}
+			p.private = append(p.private, private.Masked())
+		}
+		r.zones[name.String()] = p
+		r.privateZones = r.privateZones || len(p.private) > 0
 	}
 	return errors.Join(errs...)
 }
@@ -172,6 +202,7 @@ func (c Config) listensOn(addr netip.AddrPort) bool {
 // useSystem takes the upstreams from resolv.conf, and again whenever it changes.
 func (r *Resolver) useSystem() {
 	file := &watched{path: r.cfg.ResolvConf, now: r.cfg.Now, load: r.loadResolvConf}
+	r.system = file
 	r.pool.refresh = func() {
 		if err := file.refresh(); err != nil {
 			r.cfg.Logger.Warn().Err(err).Msg("cannot read the system's name servers; set dns.upstreams")
@@ -187,7 +218,7 @@ func (r *Resolver) loadResolvConf(f io.Reader) error {
 	}
 	var ups []*upstream
 	for _, s := range conf.Servers {
-		u, err := parseUpstream(s, nil)
+		u, err := r.cfg.parseUpstream(s)
 		if err != nil || r.cfg.listensOn(u.addr) {
 			r.cfg.Logger.Warn().Str("file", r.cfg.ResolvConf).Str("nameserver", s).Msg("name server not used: no address, or this resolver itself")
 			continue
@@ -198,10 +229,21 @@ func (r *Resolver) loadResolvConf(f io.Reader) error {
 		r.cfg.Logger.Warn().Str("file", r.cfg.ResolvConf).Msg("no name server found; set dns.upstreams")
 	}
 	old := r.pool.ups.Swap(&ups)
-	for _, u := range *old {
-		u.close()
+	if !r.start(func(context.Context) { closeAll(*old) }) { // which waits for questions under way
+		closeAll(*old)
 	}
 	return nil
+}
+
+// start runs f in a goroutine that Close waits for, with a context that Close ends. It
+// returns false, and does not, once the Resolver is closed.
+func (r *Resolver) start(f func(context.Context)) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.closed {
+		r.flying.Go(func() { f(r.life) })
+	}
+	return !r.closed
 }
 
 func (r *Resolver) refreshHosts() {
@@ -221,8 +263,7 @@ func (r *Resolver) Close() {
 	r.mu.Unlock()
 	r.end()
 	r.flying.Wait()
-	r.pool.close()
-	for _, p := range r.zones {
+	for _, p := range r.pools() {
 		p.close()
 	}
 }
@@ -234,13 +275,30 @@ func (r *Resolver) Stats() Stats {
 		CacheHits: c.hits.Load(), CacheMisses: c.misses.Load(), CacheStale: c.stale.Load(),
 		CacheEvictions: r.cache.evicted.Load(), Coalesced: c.coalesced.Load(),
 		UpstreamQueries: c.sent.Load(), UpstreamFailures: c.failed.Load(),
-		Dropped: c.dropped.Load(), Malformed: c.malformed.Load(),
+		Dropped: c.dropped.Load(), Malformed: c.malformed.Load(), Prefetched: c.prefetched.Load(),
+	}
+	for _, p := range r.pools() {
+		for i, u := range *p.ups.Load() {
+			s.Upstreams = append(s.Upstreams, u.stats(p.zone, i))
+			s.UpstreamIgnored += u.ignored.Load()
+		}
 	}
 	s.CacheEntries, s.CacheBytes = r.cache.size()
 	r.mu.Lock()
 	s.InFlight = len(r.flights)
 	r.mu.Unlock()
 	return s
+}
+
+// pools returns those of Config.Upstreams and of the zones in their order.
+func (r *Resolver) pools() []*pool {
+	all := []*pool{r.pool}
+	for _, z := range r.cfg.Zones {
+		if name, err := policy.ParseName(z.Zone); err == nil {
+			all = append(all, r.zones[name.String()])
+		}
+	}
+	return all
 }
 
 // CheckUpstreams returns nil if one of Config.Upstreams has answered within the
@@ -317,6 +375,7 @@ func (r *Resolver) known(k key) (rep *reply, stale *entry, retry bool) {
 		return nil, stale, retry
 	}
 	r.counts.hits.Add(1)
+	r.used(k, fresh, now)
 	return fresh.reply(now, false), nil, false
 }
 
@@ -335,7 +394,7 @@ func (r *Resolver) fetch(ctx context.Context, k key, stale *entry) (*entry, erro
 	}
 	var patience <-chan time.Time
 	if stale != nil {
-		t := time.NewTimer(r.timing.staleWait)
+		t := time.NewTimer(r.timing.staleWait - time.Since(f.begun)) // whoever asked first has waited already
 		defer t.Stop()
 		patience = t.C
 	}
@@ -367,17 +426,24 @@ func (r *Resolver) join(k key) (*flight, error) {
 		r.counts.dropped.Add(1)
 		return nil, errBusy
 	}
-	f := &flight{done: make(chan struct{})}
+	return r.launch(k), nil
+}
+
+// launch starts a flight for k. The caller holds mu, and has seen that there is room.
+func (r *Resolver) launch(k key) *flight {
+	f := &flight{begun: time.Now(), done: make(chan struct{})}
 	r.flights[k] = f
 	r.flying.Go(func() { r.fly(k, f) })
-	return f, nil
+	return f
 }
 
 // fly asks the upstreams and remembers the answer.
 func (r *Resolver) fly(k key, f *flight) {
-	ctx, cancel := context.WithTimeout(r.life, r.timing.total)
-	defer cancel()
-	m, err := r.poolFor(k.name).exchange(ctx, k.query())
+	p := r.poolFor(k.name)
+	m, err := p.exchange(r.life, k.query())
+	if err == nil && p.zone != "" {
+		m.AuthenticatedData = false // a chain of trust to a zone of one's own is nobody's to vouch for
+	}
 	now := r.cfg.Now()
 	if err != nil {
 		f.entry = failedEntry(k, err, failureEDE(err), now)

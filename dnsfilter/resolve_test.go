@@ -226,8 +226,11 @@ func TestWhoGivesUpDoesNotStopTheOthers(t *testing.T) {
 	if err := <-gone; err != context.Canceled {
 		t.Errorf("resolve() = %v", err)
 	}
+	second := make(chan *reply, 1)
+	go func() { second <- get(t, r, "a.test", dns.TypeA) }()
+	eventually(t, "the second to wait as well", func() bool { return r.Stats().Coalesced == 1 })
 	close(release)
-	if rep := get(t, r, "a.test", dns.TypeA); len(rep.answer) != 1 || o.packets() != 1 {
+	if rep := <-second; len(rep.answer) != 1 || o.packets() != 1 {
 		t.Errorf("reply = %+v in %d packets", rep, o.packets())
 	}
 }

@@ -284,7 +284,7 @@ func (r *udpReader) send(fd uintptr) error {
 			return nil
 		case unix.EINTR:
 		case unix.EAGAIN: // the kernel's buffer is full
-			if err := r.u.raw.Write(new(waiter).ready); err != nil {
+			if err := r.u.raw.Write(new(pause).ready); err != nil {
 				return err
 			}
 		default:
@@ -293,10 +293,10 @@ func (r *udpReader) send(fd uintptr) error {
 	}
 }
 
-// A waiter waits once.
-type waiter struct{ waited bool }
+// A pause lets a socket wait once.
+type pause struct{ waited bool }
 
-func (w *waiter) ready(uintptr) bool {
+func (w *pause) ready(uintptr) bool {
 	was := w.waited
 	w.waited = true
 	return was

@@ -1,11 +1,13 @@
 package dnsfilter
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"net/url"
@@ -23,11 +25,16 @@ import (
 )
 
 const (
-	tryTimeout   = 2 * time.Second  // for one exchange with one upstream
-	totalTimeout = 5 * time.Second  // for one question, whatever is tried; stub resolvers wait as long
-	maxRounds    = 2                // how often the list of upstreams is gone through
-	maxPenalty   = 30 * time.Second // how long an upstream that failed stays behind the others
-	fresh        = 10 * time.Second // an answer as recent as this shows that an upstream is well
+	tryTimeout   = 1500 * time.Millisecond // for one exchange with one upstream
+	totalTimeout = 4 * time.Second         // for one question, whatever is tried; stub resolvers wait for five
+	maxRounds    = 2                       // how often the list of upstreams is gone through
+	maxPenalty   = 30 * time.Second        // how long an upstream that failed stays behind the others
+	fresh        = 10 * time.Second        // an answer as recent as this shows that an upstream is well
+	downAfter    = 3                       // failures in a row: then it is down, and probed until it answers
+	probeWait    = time.Second             // before the first probe; each wait is twice the last one
+	maxProbeWait = 30 * time.Second        // between probes
+	plainFor     = 10 * time.Minute        // a server that answered FORMERR to EDNS is asked without
+	explore      = 32                      // in UpstreamsFastest, one question of so many goes to another than the fastest
 )
 
 var errNoUpstream = errors.New("no upstream is known")
@@ -35,35 +42,76 @@ var errNoUpstream = errors.New("no upstream is known")
 // An upstream is one server with the memory of how it fared.
 type upstream struct {
 	exchanger
-	text string // as configured
-	addr netip.AddrPort
+	text    string // as configured
+	addr    netip.AddrPort
+	sent    atomic.Uint64 // exchanges begun
+	failed  atomic.Uint64 // exchanges without an answer that can be read
+	ignored atomic.Uint64 // answers that match no query
+	plain   atomic.Int64  // until when it is asked without EDNS, in Unix nanoseconds
+	gone    atomic.Bool   // not used any more
 
-	mu       sync.Mutex // guards what follows
-	failures int        // in a row
-	until    time.Time  // it stays behind the others until then
-	answered time.Time  // last
+	mu       sync.Mutex    // guards what follows
+	failures int           // in a row
+	until    time.Time     // it stays behind the others until then
+	answered time.Time     // last
+	rtt      time.Duration // smoothed; 0: nothing is known
+	probing  bool
 }
 
-// note records how an exchange ended.
-func (u *upstream) note(now time.Time, ok bool) {
+// succeeded records that u answered after took.
+func (u *upstream) succeeded(now time.Time, took time.Duration) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if ok {
-		u.failures, u.until, u.answered = 0, time.Time{}, now
-		return
+	u.failures, u.until, u.answered = 0, time.Time{}, now
+	if u.rtt == 0 {
+		u.rtt = took
 	}
+	u.rtt += (took - u.rtt) / 8 // RFC 6298, section 2.3
+}
+
+// missed records that u failed, and reports whether somebody has to probe it from now on.
+func (u *upstream) missed(now time.Time) (probe bool) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
 	u.failures++
 	u.until = now.Add(min(time.Second<<min(u.failures, 10), maxPenalty))
+	probe = u.failures >= downAfter && !u.probing && !u.gone.Load()
+	u.probing = u.probing || probe
+	return probe
 }
 
-// penalty returns until when u stays behind the others, zero if it does not.
-func (u *upstream) penalty(now time.Time) time.Time {
+// A standing is how an upstream compares with others.
+type standing struct {
+	*upstream
+	down    bool
+	penalty time.Time // until when it stays behind the others, zero if it does not
+	rtt     time.Duration
+}
+
+// compare orders those that are well first, and of these the fastest if fastest is set.
+func (s standing) compare(other standing, fastest bool) int {
+	switch {
+	case s.down != other.down:
+		if s.down {
+			return 1
+		}
+		return -1
+	case s.down || !s.penalty.Equal(other.penalty):
+		return s.penalty.Compare(other.penalty)
+	case fastest:
+		return cmp.Compare(s.rtt, other.rtt)
+	}
+	return 0
+}
+
+func (u *upstream) standing(now time.Time) standing {
 	u.mu.Lock()
 	defer u.mu.Unlock()
+	s := standing{upstream: u, down: u.failures >= downAfter, rtt: u.rtt}
 	if now.Before(u.until) {
-		return u.until
+		s.penalty = u.until
 	}
-	return time.Time{}
+	return s
 }
 
 // wellSince reports whether u has answered since t and not failed after that.
@@ -73,43 +121,86 @@ func (u *upstream) wellSince(t time.Time) bool {
 	return u.failures == 0 && !u.answered.Before(t)
 }
 
+// UpstreamStats are numbers of one upstream since it has been in use.
+type UpstreamStats struct {
+	Zone     string        // "" for Config.Upstreams
+	Index    int           // in the list it stands in
+	Upstream string        // as configured, without the path of a URL, which may be a secret
+	Up       bool          // it answered last time, or has not been asked yet
+	RTT      time.Duration // smoothed; 0: nothing is known
+	Queries  uint64        // exchanges begun
+	Failures uint64        // exchanges that ended without an answer, or with a malformed one
+}
+
+func (u *upstream) stats(zone string, i int) UpstreamStats {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	s := UpstreamStats{Zone: zone, Index: i, Upstream: u.text, Up: u.failures < downAfter, RTT: u.rtt,
+		Queries: u.sent.Load(), Failures: u.failed.Load()}
+	if scheme, rest, ok := strings.Cut(u.text, "://"); ok {
+		host, _, _ := strings.Cut(rest, "/")
+		s.Upstream = scheme + "://" + host
+	}
+	return s
+}
+
 // A pool is a list of upstreams that can answer the same questions.
 type pool struct {
 	ups     atomic.Pointer[[]*upstream]
-	refresh func() // brings ups up to date before it is read; nil: it never changes
+	zone    string                           // "" for the names that are in none
+	private []netip.Prefix                   // Zone.PrivateDestinations
+	fastest bool                             // as UpstreamsFastest
+	refresh func()                           // brings ups up to date before it is read; nil: it never changes
+	start   func(func(context.Context)) bool // runs something until the Resolver is closed
 	now     func() time.Time
 	timing  *timing
-	sent    *atomic.Uint64 // exchanges begun
-	failed  *atomic.Uint64 // exchanges without an answer that can be read
+	counts  *counts
 	logger  zerolog.Logger
 	down    atomic.Bool // it has been logged that all fail
 }
 
-// order returns the upstreams, those that failed lately last.
+// order returns the upstreams in the order in which to ask them: those that are
+// down last, before them those that failed lately. The caller does not change the list.
 func (p *pool) order() []*upstream {
 	if p.refresh != nil {
 		p.refresh()
 	}
-	ups, now := slices.Clone(*p.ups.Load()), p.now()
+	ups := *p.ups.Load()
 	if len(ups) < 2 {
 		return ups
 	}
-	penalties := make(map[*upstream]time.Time, len(ups))
-	for _, u := range ups {
-		penalties[u] = u.penalty(now)
+	now := p.now()
+	all := make([]standing, len(ups))
+	for i, u := range ups {
+		all[i] = u.standing(now)
 	}
-	slices.SortStableFunc(ups, func(a, b *upstream) int { return penalties[a].Compare(penalties[b]) })
-	return ups
+	slices.SortStableFunc(all, func(a, b standing) int { return a.compare(b, p.fastest) })
+	well := slices.IndexFunc(all, func(s standing) bool { return s.down || !s.penalty.IsZero() })
+	if well < 0 {
+		well = len(all)
+	}
+	if p.fastest && well > 1 && rand.IntN(explore) == 0 {
+		i := 1 + rand.IntN(well-1)
+		all[0], all[i] = all[i], all[0]
+	}
+	sorted := make([]*upstream, len(all))
+	for i := range all {
+		sorted[i] = all[i].upstream
+	}
+	return sorted
 }
 
 // exchange asks one upstream after the other. An answer that says that the
-// upstream could not or would not find out is returned only if no other has a better one.
+// upstream could not or would not find out is returned only if no other has a better
+// one. It takes timing.total at most.
 func (p *pool) exchange(ctx context.Context, query *dns.Msg) (*dns.Msg, error) {
 	ups, last := p.order(), errNoUpstream
+	end := time.Now().Add(p.timing.total)
+	over := func() bool { return ctx.Err() != nil || !time.Now().Before(end) }
 	for range maxRounds {
 		var unable *dns.Msg
 		for _, u := range ups {
-			m, err := p.ask(ctx, u, query)
+			m, err := p.ask(ctx, u, query, min(p.timing.try, time.Until(end)))
 			switch {
 			case err != nil:
 				last = fmt.Errorf("upstream %s: %w", u.text, err)
@@ -118,14 +209,14 @@ func (p *pool) exchange(ctx context.Context, query *dns.Msg) (*dns.Msg, error) {
 			default:
 				unable = m
 			}
-			if ctx.Err() != nil {
+			if over() {
 				break
 			}
 		}
 		if unable != nil {
 			return unable, nil
 		}
-		if ctx.Err() != nil {
+		if over() {
 			break
 		}
 	}
@@ -142,30 +233,36 @@ func (p *pool) warn(ctx context.Context, err error) {
 }
 
 // answered notes that u has answered, and logs it if all had failed.
-func (p *pool) answered(u *upstream) {
-	u.note(p.now(), true)
-	if p.down.CompareAndSwap(true, false) {
+func (p *pool) answered(u *upstream, took time.Duration) {
+	u.succeeded(p.now(), took)
+	if p.down.Load() && p.down.CompareAndSwap(true, false) {
 		p.logger.Info().Str("upstream", u.text).Msg("an upstream answers again")
 	}
 }
 
-// ask does one exchange within its share of the time.
-func (p *pool) ask(ctx context.Context, u *upstream, query *dns.Msg) (*dns.Msg, error) {
-	try, cancel := context.WithTimeout(ctx, p.timing.try)
+// ask does one exchange within a time.
+func (p *pool) ask(ctx context.Context, u *upstream, query *dns.Msg, within time.Duration) (*dns.Msg, error) {
+	try, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
-	p.sent.Add(1)
-	m, err := u.exchange(try, query)
+	p.counts.sent.Add(1)
+	u.sent.Add(1)
+	begun := time.Now()
+	m, err := p.askPlain(try, u, query)
 	switch {
 	case err == nil:
-		p.answered(u)
+		p.answered(u, time.Since(begun))
 	case errors.Is(err, errMalformed): // it is there, and not slow
-		p.failed.Add(1)
-		p.answered(u)
+		p.counts.failed.Add(1)
+		u.failed.Add(1)
+		p.answered(u, time.Since(begun))
 	case isExhausted(err): // which is nobody's fault but ours
-		p.failed.Add(1)
+		p.counts.failed.Add(1)
 	case !errors.Is(ctx.Err(), context.Canceled): // which says nothing about u
-		p.failed.Add(1)
-		u.note(p.now(), false)
+		p.counts.failed.Add(1)
+		u.failed.Add(1)
+		if u.missed(p.now()) {
+			p.start(func(ctx context.Context) { p.revive(ctx, u) })
+		}
 	}
 	return m, err
 }
@@ -175,6 +272,48 @@ func (p *pool) ask(ctx context.Context, u *upstream, query *dns.Msg) (*dns.Msg, 
 func isExhausted(err error) bool {
 	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
 }
+
+// askPlain asks with EDNS and, if the server does not know it, without (RFC 6891,
+// section 7), which is remembered for a while.
+func (p *pool) askPlain(ctx context.Context, u *upstream, query *dns.Msg) (*dns.Msg, error) {
+	if until := u.plain.Load(); until == 0 || p.now().UnixNano() >= until {
+		m, err := u.exchange(ctx, query)
+		if err != nil || m.Rcode != dns.RcodeFormatError || m.IsEdns0() != nil || query.IsEdns0() == nil {
+			return m, err
+		}
+		u.plain.Store(p.now().Add(plainFor).UnixNano())
+	}
+	plain := *query
+	plain.Extra = nil
+	return u.exchange(ctx, &plain)
+}
+
+// revive probes u, which is down, until it answers or is not used any more.
+func (p *pool) revive(ctx context.Context, u *upstream) {
+	defer func() {
+		u.mu.Lock()
+		u.probing = false
+		u.mu.Unlock()
+	}()
+	for wait := p.timing.probe; ; wait = min(2*wait, maxProbeWait) {
+		t := time.NewTimer(wait/2 + rand.N(wait)) // not all gates at the same time
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return
+		}
+		if u.gone.Load() || u.wellSince(time.Time{}) {
+			return
+		}
+		if _, err := p.ask(ctx, u, probeQuery(), p.timing.try); err == nil || errors.Is(err, errMalformed) {
+			return
+		}
+	}
+}
+
+// probeQuery returns a question that every server has an answer to, be it a refusal.
+func probeQuery() *dns.Msg { return new(dns.Msg).SetQuestion(".", dns.TypeNS) }
 
 // conclusive reports whether an upstream that answers with rcode has found out.
 func conclusive(rcode int) bool {
@@ -186,10 +325,9 @@ func (p *pool) probe(ctx context.Context) error {
 	if p.well() {
 		return nil
 	}
-	query := new(dns.Msg).SetQuestion(".", dns.TypeNS)
 	last := errNoUpstream
 	for _, u := range p.order() {
-		_, err := p.ask(ctx, u, query)
+		_, err := p.ask(ctx, u, probeQuery(), p.timing.try)
 		if err == nil {
 			return nil
 		}
@@ -210,8 +348,12 @@ func (p *pool) failing() bool {
 	return !slices.ContainsFunc(*p.ups.Load(), func(u *upstream) bool { return u.wellSince(time.Time{}) })
 }
 
-func (p *pool) close() {
-	for _, u := range *p.ups.Load() {
+func (p *pool) close() { closeAll(*p.ups.Load()) }
+
+// closeAll ends what is under way with ups and waits for it.
+func closeAll(ups []*upstream) {
+	for _, u := range ups {
+		u.gone.Store(true)
 		u.close()
 	}
 }
@@ -221,7 +363,7 @@ func (c Config) parseUpstreams(path string, texts []string) ([]*upstream, error)
 	var ups []*upstream
 	var errs []error
 	for i, s := range texts {
-		u, err := parseUpstream(s, c.RootCAs)
+		u, err := c.parseUpstream(s)
 		if err == nil && c.listensOn(u.addr) {
 			err = fmt.Errorf("%q is this resolver itself", s)
 		}
@@ -232,6 +374,18 @@ func (c Config) parseUpstreams(path string, texts []string) ([]*upstream, error)
 		ups = append(ups, u)
 	}
 	return ups, errors.Join(errs...)
+}
+
+// parseUpstream is the function parseUpstream with the settings of c.
+func (c Config) parseUpstream(s string) (*upstream, error) {
+	u, err := parseUpstream(s, c.RootCAs)
+	if err != nil {
+		return nil, err
+	}
+	if d, ok := u.exchanger.(*datagram); ok {
+		d.randomCase = c.CaseRandomisation
+	}
+	return u, nil
 }
 
 // parseUpstream returns the upstream that s describes, as Config.Upstreams says.
@@ -247,13 +401,13 @@ func parseUpstream(s string, roots *x509.CertPool) (*upstream, error) {
 		if u.addr, err = parseServer(rest); err != nil {
 			return nil, fmt.Errorf("%q: %w", s, err)
 		}
-		tcp := &stream{addr: u.addr.String()}
+		tcp := &stream{addr: u.addr.String(), ignored: &u.ignored}
 		u.exchanger = tcp
 		if scheme == "udp" {
-			u.exchanger = &datagram{tcp.addr, tcp}
+			u.exchanger = &datagram{addr: tcp.addr, remote: net.UDPAddrFromAddrPort(u.addr), stream: tcp, ignored: &u.ignored}
 		}
 	case "tls":
-		u.exchanger, err = parseTLS(rest, roots)
+		u.exchanger, err = parseTLS(rest, roots, &u.ignored)
 	case "https":
 		u.exchanger, err = parseHTTPS(s, roots)
 	default:
@@ -281,7 +435,7 @@ func parseServer(s string) (netip.AddrPort, error) {
 	return ap, nil
 }
 
-func parseTLS(s string, roots *x509.CertPool) (exchanger, error) {
+func parseTLS(s string, roots *x509.CertPool, ignored *atomic.Uint64) (exchanger, error) {
 	s, name, named := strings.Cut(s, "#")
 	host, port, err := net.SplitHostPort(s)
 	if err != nil {
@@ -297,7 +451,7 @@ func parseTLS(s string, roots *x509.CertPool) (exchanger, error) {
 	if err := checkPort(port); err != nil {
 		return nil, err
 	}
-	return &stream{addr: addr, tls: tlsConfig(name, roots)}, nil
+	return &stream{addr: addr, tls: tlsConfig(name, roots), ignored: ignored}, nil
 }
 
 func parseHTTPS(s string, roots *x509.CertPool) (exchanger, error) {

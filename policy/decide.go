@@ -163,7 +163,7 @@ func (e *eval) collectSNI(r *Request) {
 
 // verdict turns what was found into the answer.
 func (e *eval) verdict(r *Request, d *Decision) {
-	private := r.Destination.IsValid() && !e.privateNamed && !IsGlobal(r.Destination)
+	private := r.Destination.IsValid() && !e.privateNamed && !r.zoned() && !IsGlobal(r.Destination)
 	e.liftBuiltin()
 	switch {
 	case e.guard != "":
@@ -333,7 +333,7 @@ func (r *rule) expired(t time.Time) bool {
 // the request: ReasonMatched, or how far it came and why it failed.
 func (e *eval) test(rule *rule, r *Request) (stage, Reason) {
 	named := r.Destination.IsValid() && !rule.expired(r.Time) &&
-		(namesAddr(rule.private, r.Destination) || !e.named && namesAddr(rule.literal, r.Destination))
+		(r.zoned() || namesAddr(rule.private, r.Destination) || !e.named && namesAddr(rule.literal, r.Destination))
 	e.privateNamed = e.privateNamed || named
 	switch {
 	case r.Protocol == ProtocolDNS:
@@ -411,6 +411,12 @@ func inspection(rule *rule, r *Request) Inspect {
 	}
 	// The three bits of both types stand in the same order.
 	return Inspect(rule.on(r.Port) & (forTLS | forHTTP | forTCP))
+}
+
+// zoned reports whether the settings expect Destination behind Name. What clouds give
+// a meaning to on every machine, a rule must name.
+func (r *Request) zoned() bool {
+	return r.PrivateZone && !slices.Contains(platformAddresses, r.Destination)
 }
 
 // namesAddr reports whether one of ps names a: holds it or, for an address that

@@ -175,6 +175,17 @@ func TestDecideStages(t *testing.T) {
 	check("metadata", dest("api.ok.test", "169.254.169.254"), "deny private_destination api.ok.test")
 	check("mapped", dest("api.ok.test", "::ffff:127.0.0.1"), "deny private_destination api.ok.test")
 	check("named prefix", dest("a.vpce.test", "10.2.3.4"), "allow matched vpce")
+	zoned := func(n, dst string) Request {
+		r := dest(n, dst)
+		r.PrivateZone = true
+		return r
+	}
+	check("zone of the settings", zoned("api.ok.test", "127.0.0.1"), "allow matched api.ok.test")
+	check("zone, mapped", zoned("api.ok.test", "::ffff:10.0.0.1"), "allow matched api.ok.test")
+	check("zone, metadata", zoned("api.ok.test", "169.254.169.254"), "deny private_destination api.ok.test")
+	check("zone, unlisted name", zoned("unlisted.test", "10.0.0.1"), "deny not_listed")
+	check("zone, denied address", zoned("api.ok.test", "198.51.100.9"), "deny explicit_deny no-dark-net")
+	check("zone, expired rule", zoned("old.test", "10.0.0.1"), "deny rule_expired old")
 	check("other private prefix", dest("a.vpce.test", "192.168.0.1"), "deny private_destination vpce")
 	check("denied address behind a name", dest("api.ok.test", "198.51.100.9"), "deny explicit_deny no-dark-net")
 	check("literal names its block", Request{Address: addr("203.0.113.7"), Port: 443, Destination: addr("203.0.113.7")}, "allow matched lit")

@@ -36,6 +36,7 @@ type Request struct {
 	QType       uint16     // DNS type of the question (RFC 1035, section 3.2.2), with ProtocolDNS
 	TLS         TLS        // facts of the ClientHello, with ProtocolTLS
 	Destination netip.Addr // address that Name resolved to and that is about to be dialled or answered
+	PrivateZone bool       // Name is in a zone of the settings that may lead to Destination though it is private
 	Time        time.Time  // when; the zero value lies after every expiry date
 }
 

@@ -206,7 +206,7 @@ func (x *nameIndex) insert(name string) (uint32, error) {
 	if off := x.find(name, h); off != 0 {
 		return off, nil
 	}
-	if len(x.arena)+recordHeader+2+len(name) > math.MaxUint32 {
+	if uint64(len(x.arena)+recordHeader+2+len(name)) > math.MaxUint32 {
 		return 0, errIndexFull
 	}
 	if (x.used+1)*4 > len(x.slots)*3 {

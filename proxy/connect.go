@@ -34,6 +34,9 @@ type connect struct {
 	client net.Conn
 	early  []byte // what the client sent after the head; its spare capacity is for reading
 	json   bool   // the client prefers JSON
+	keep   bool   // the connection may go on after a 407
+	again  bool   // and does
+	who    who
 
 	ev         event.Event
 	request    policy.Request
@@ -45,12 +48,16 @@ type connect struct {
 }
 
 // serveConnect serves the CONNECT with head h, which arrived at start. It returns
-// once the connection is closed or belongs to a tunnel. early is what the client
-// sent after the head; its spare capacity is used for reading.
-func (s *Server) serveConnect(client net.Conn, source asker, start time.Time, h *head, early []byte) {
+// once the connection is closed or belongs to a tunnel; or again is true, and the
+// client, which was asked for credentials, may send another request. early is what
+// the client sent after the head; its spare capacity is used for reading.
+func (s *Server) serveConnect(client net.Conn, source asker, start time.Time, h *head, early []byte) (again bool) {
 	c := &connect{s: s, client: client, json: h.json, early: early}
+	// What came after the head may belong to the tunnel that there will not be.
+	c.keep = h.minor == '1' && len(early) == 0
 	defer c.release()
 	c.ev = s.newEvent(event.Connect, source, start)
+	c.ev.Listener = listenerOf(client)
 	c.ev.Method = http.MethodConnect
 	c.ev.UserAgent = clip(string(h.userAgent))
 	c.request = policy.Request{Source: source.Addr(), Time: start}
@@ -58,19 +65,30 @@ func (s *Server) serveConnect(client net.Conn, source asker, start time.Time, h 
 	upstream, r := c.open(h)
 	if r != nil {
 		c.refuse(r)
-		return
+		return c.again
 	}
-	if _, err := io.WriteString(client, established); err != nil {
+	if err := c.accept(); err != nil {
 		upstream.Close()
 		c.gone(err)
-		return
+		return false
 	}
 	c.answered = true
 	c.ev.Status = http.StatusOK
 	c.serve(upstream)
+	return false
 }
 
-// open does everything up to the 200: it decides, and connects to the far side.
+// accept sends the 200.
+func (c *connect) accept() error {
+	if st, ok := c.client.(*http2Stream); ok {
+		return st.accept()
+	}
+	_, err := io.WriteString(c.client, established)
+	return err
+}
+
+// open does everything up to the 200: it finds out who asks, decides, and connects
+// to the far side.
 func (c *connect) open(h *head) (net.Conn, *refusal) {
 	target := string(h.target)
 	name, addr, port, err := policy.ParseAuthority(target)
@@ -83,8 +101,11 @@ func (c *connect) open(h *head) (net.Conn, *refusal) {
 	if err := hostMismatch(string(h.host), target); err != nil {
 		c.ev.Error = err.Error()
 	}
+	if r := c.identify(h); r != nil {
+		return nil, r
+	}
 	if c.decide(); !c.decision.Passes() {
-		return nil, denied(c.decision)
+		return nil, c.s.deniedTo(&c.who, c.decision)
 	}
 	if h.looped {
 		return nil, loopedBack(c.decision)
@@ -104,6 +125,20 @@ func (c *connect) open(h *head) (net.Conn, *refusal) {
 	c.request, c.decision = t.request, t.decision
 	c.ev.Destination = remoteAddr(conn)
 	return conn, nil
+}
+
+// identify finds out who asks.
+func (c *connect) identify(h *head) (r *refusal) {
+	p := peerOf(c.client)
+	if p == nil && !c.s.users.enabled() {
+		return nil
+	}
+	if p != nil {
+		note(&c.ev, p.problem)
+	}
+	c.who, r = c.s.identify(p, c.request.Source, h.authorized, string(h.credentials))
+	c.request.User, c.ev.User = c.who.user, c.who.user
+	return r
 }
 
 // decide asks the policy about the request as far as it is known.
@@ -157,7 +192,7 @@ func (c *connect) tunnel(upstream net.Conn, first []byte) {
 // newTunnel makes the tunnel, which takes over event and place.
 func (c *connect) newTunnel() *tunnel {
 	c.ev.Decision = c.decision
-	t := &tunnel{s: c.s, client: c.client, request: c.request, ev: c.ev, place: c.place}
+	t := &tunnel{s: c.s, client: c.client, request: c.request, hash: c.who.hash, ev: c.ev, place: c.place}
 	c.place = nil
 	t.down.Store(c.said)
 	return t
@@ -319,6 +354,7 @@ func (c *connect) refuse(r *refusal) {
 	switch {
 	case !c.answered:
 		c.ev.Status = r.status
+		c.again = c.keep && r.status == http.StatusProxyAuthRequired && !c.s.draining.Load()
 		c.sendAnswer(r, true)
 	case c.request.Protocol == policy.ProtocolTLS:
 		c.client.Write(alertRecord(r.alert()))
@@ -326,12 +362,19 @@ func (c *connect) refuse(r *refusal) {
 		c.sendAnswer(r, false)
 	} // in other protocols there is no way to say why
 	c.finish(r.decision, r.err)
-	closeGently(c.client, make([]byte, 512))
+	if !c.again {
+		closeGently(c.client, make([]byte, 512))
+	}
 }
 
 // sendAnswer writes an HTTP answer to the client, before or inside the tunnel.
 func (c *connect) sendAnswer(r *refusal, connect bool) {
 	a := c.s.answer(r, &c.ev, c.json)
+	a.keep = c.again
+	if st, ok := c.client.(*http2Stream); ok && connect {
+		st.refuse(a)
+		return
+	}
 	c.client.Write(a.append(make([]byte, 0, 1024), r.phrase(connect)))
 }
 

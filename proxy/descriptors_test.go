@@ -258,7 +258,7 @@ func TestT66AcceptDoesNotSpin(t *testing.T) {
 		h := new(hopeless)
 		s := New(Config{Logger: zerolog.New(&log)})
 		s.wg.Add(1)
-		go s.accept(h)
+		go s.accept(h, s.serveConn)
 		time.Sleep(10 * time.Second)
 		if n := h.asked.Load(); n < 10 || n > 30 {
 			t.Errorf("asked %d times in ten seconds", n)

@@ -6,6 +6,7 @@
 //	who asks          the peer, or from a load balancer its PROXY header (asker.go)
 //	rate              of new connections; too many are refused after the head (rate.go)
 //	request head      read strictly, under a deadline and a size bound (front.go, head.go)
+//	who asks          credentials or a certificate, if there are any (credentials.go, tlsfront.go)
 //	target            parsed; Decide on name and port, before any DNS query
 //	limits, loop      a place among the tunnels; never back to this proxy
 //	addresses         resolved once; Decide on each (reach.go)
@@ -20,6 +21,10 @@
 // inside a CONNECT, with the authority fixed. A CONNECT that arrives on such a
 // connection later is taken back from net/http by Hijack, with the bytes that
 // were buffered, and goes the way above.
+//
+// Clients may speak TLS to the proxy (tlsfront.go). With HTTP/1.1 such a connection
+// is like any other; with HTTP/2 each stream is a connection of its own (http2.go,
+// stream.go).
 //
 // net/http serves a connection from its first head that is not CONNECT, but reads
 // through a framing (framing.go): one strict parser sees every head, and the framing

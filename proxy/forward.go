@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -53,9 +54,11 @@ type exchange struct {
 	client *clientConn
 	method string
 	json   bool          // the client prefers JSON
+	http2  bool          // on a stream of HTTP/2
 	body   *countingBody // of the request; nil: none
 
 	ev       event.Event
+	who      who
 	request  policy.Request  // what was asked before the dial; not changed then, for the dial reads it
 	admitted policy.Decision // the answer; the same
 	decision policy.Decision // the last one
@@ -123,10 +126,21 @@ func (f forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if c.session == nil && isPAC(r) {
-		f.s.servePAC(w, r.Host, addrPort(c.LocalAddr()))
+		scheme, host := pacPlain, r.Host
+		if _, secure := c.Conn.(*tls.Conn); secure {
+			if scheme = pacSecure; !hasPort(host) {
+				host += ":443"
+			}
+		}
+		f.s.servePAC(w, scheme, host, addrPort(c.LocalAddr()))
 		return
 	}
-	ex := f.s.newExchange(c, w, r)
+	f.s.serveExchange(c, w, r)
+}
+
+// serveExchange serves a request that is no CONNECT.
+func (s *Server) serveExchange(c *clientConn, w http.ResponseWriter, r *http.Request) {
+	ex := s.newExchange(c, w, r)
 	defer ex.finish(r)
 	if refused := ex.admit(r); refused != nil {
 		ex.refuse(refused)
@@ -153,8 +167,9 @@ func (f forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 type clientKey struct{}
 
 func (s *Server) newExchange(c *clientConn, w http.ResponseWriter, r *http.Request) *exchange {
-	ex := &exchange{ResponseWriter: w, s: s, client: c, length: -1, modern: r.ProtoAtLeast(1, 1)}
+	ex := &exchange{ResponseWriter: w, s: s, client: c, http2: r.ProtoMajor == 2, length: -1, modern: r.ProtoAtLeast(1, 1)}
 	ex.ev = s.newEvent(event.HTTP, c.source, time.Now())
+	ex.ev.Listener = listenerOf(c.Conn)
 	ex.method = r.Method
 	ex.ev.Method = clip(r.Method)
 	ex.ev.UserAgent = clip(r.UserAgent())
@@ -258,12 +273,18 @@ func (ex *exchange) admit(r *http.Request) *refusal {
 		if !session.isFor(&ex.request) {
 			return ex.mismatch()
 		}
-		ex.request.Destination = session.tunnel.request.Destination
+		ex.s.towards(&ex.request, session.tunnel.request.Destination)
+	}
+	if refused := ex.identify(r); refused != nil {
+		return refused
 	}
 	ex.generation = ex.s.generation.Load()
 	ex.admitted = ex.s.cfg.Decider.Decide(ex.request)
 	if ex.decision = ex.admitted; !ex.decision.Passes() {
-		return denied(ex.decision)
+		if session != nil {
+			return denied(ex.decision)
+		}
+		return ex.s.deniedTo(&ex.who, ex.decision)
 	}
 	ex.via = strings.Join(r.Header["Via"], ", ")
 	if hasLooped(r.Header) {
@@ -274,16 +295,44 @@ func (ex *exchange) admit(r *http.Request) *refusal {
 	return nil
 }
 
+// identify finds out who asks; inside a CONNECT that is known.
+func (ex *exchange) identify(r *http.Request) (refused *refusal) {
+	if session := ex.client.session; session != nil {
+		ex.who = who{session.tunnel.request.User, session.tunnel.hash}
+	} else {
+		fields := r.Header["Proxy-Authorization"]
+		value := ""
+		if len(fields) > 0 {
+			value = fields[0]
+		}
+		p := peerOf(ex.client.Conn)
+		if p != nil {
+			note(&ex.ev, p.problem)
+		}
+		ex.who, refused = ex.s.identify(p, ex.request.Source, len(fields), value)
+	}
+	ex.request.User, ex.ev.User = ex.who.user, ex.who.user
+	return refused
+}
+
 // malformed refuses a request before anything could be decided. What follows it
 // on the connection cannot be trusted.
 func (ex *exchange) malformed(err error) *refusal {
-	ex.Header().Set("Connection", "close")
+	ex.endConnection()
 	return badRequest(ex.decision, err)
+}
+
+// endConnection lets the client's connection end after the answer. On HTTP/2 only the
+// stream does: it has its own beginning and end.
+func (ex *exchange) endConnection() {
+	if !ex.http2 {
+		ex.Header().Set("Connection", "close")
+	}
 }
 
 // mismatch refuses a request inside a CONNECT that is for another authority.
 func (ex *exchange) mismatch() *refusal {
-	ex.Header().Set("Connection", "close")
+	ex.endConnection()
 	return &refusal{
 		decision: ex.decision.Refuse(policy.ReasonHostMismatch),
 		status:   http.StatusForbidden, token: statusRequestDenied,
@@ -462,7 +511,7 @@ func (ex *exchange) transport() *http.Transport {
 	if t := ex.client.session; t != nil {
 		return t.transport
 	}
-	return ex.s.pools.get(poolKey{ex.admitted.Group, ex.admitted.Revision})
+	return ex.s.pools.get(poolKey{ex.admitted.Group, ex.admitted.Revision, ex.who.user})
 }
 
 // gotConn is called in the goroutine of the round trip.
@@ -479,7 +528,7 @@ func (ex *exchange) gotConn(info httptrace.GotConnInfo) {
 	c.ask(ex.method)
 	// With the address known another rule may be the one that counts.
 	req := ex.request
-	req.Destination = c.checked
+	ex.s.towards(&req, c.checked)
 	ex.client.live.reached(c, req)
 	if d := ex.s.cfg.Decider.Decide(req); d.Passes() {
 		ex.decision = d
@@ -499,7 +548,7 @@ func (ex *exchange) WriteHeader(status int) {
 	ex.ev.Status = status
 	ex.client.live.answer()
 	if ex.unread() || ex.s.draining.Load() {
-		ex.Header().Set("Connection", "close")
+		ex.endConnection()
 	}
 	ex.ResponseWriter.WriteHeader(status)
 }
@@ -581,9 +630,13 @@ func (b *countingBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// poolKey says who may share upstream connections: nobody in another group, and
-// nobody under another policy, which might have checked the address otherwise.
-type poolKey struct{ group, revision string }
+// poolKey says who may share upstream connections: nobody in another group, no other
+// user, and nobody under another policy, which might have checked the address
+// otherwise.
+type poolKey struct{ group, revision, user string }
+
+// maxPools bounds the pools, as there may be many users. With more all are retired.
+const maxPools = 1024
 
 // pools holds the http.Transports. Within one of them a connection to a name and
 // port is used again for the same name and port alone. As group, name, port and
@@ -596,6 +649,11 @@ type pools struct {
 
 func (p *pools) get(k poolKey) *http.Transport {
 	p.mu.Lock()
+	if len(p.m) >= maxPools && p.m[k] == nil {
+		p.mu.Unlock()
+		p.retire()
+		p.mu.Lock()
+	}
 	defer p.mu.Unlock()
 	t := p.m[k]
 	if t == nil {

@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -39,7 +40,11 @@ func (s *Server) serveConn(conn net.Conn) {
 	s.front(p, buf[:0])
 }
 
-// front reads the first head of a connection and passes the connection on.
+// maxChallenges bounds the requests on a connection that are answered 407 before it
+// is closed. A client needs one.
+const maxChallenges = 8
+
+// front finds out who speaks on a connection, and reads its first head.
 func (s *Server) front(p *pending, buf []byte) {
 	start := time.Now()
 	p.conn.SetReadDeadline(start.Add(s.cfg.Timeouts.RequestHeader))
@@ -56,17 +61,41 @@ func (s *Server) front(p *pending, buf []byte) {
 		}
 		p.conn.SetReadDeadline(start.Add(min(hurry, s.cfg.Timeouts.RequestHeader)))
 	}
+	s.heads(p, source, start, tooMany, buf)
+}
+
+// heads reads the first head of a connection and passes the connection on. A client
+// that was asked for credentials may send another one. The read deadline is set. buf
+// may hold the start of the first head.
+func (s *Server) heads(p *pending, source asker, start time.Time, tooMany error, buf []byte) {
+	for range maxChallenges {
+		if !s.head(p, source, start, tooMany, buf) {
+			return
+		}
+		p.begun.Store(false)
+		if s.draining.Load() { // which may not have seen that
+			break
+		}
+		buf, start = buf[:0], time.Now()
+		p.conn.SetReadDeadline(start.Add(s.cfg.Timeouts.RequestHeader))
+	}
+	closeGently(p.conn, buf[:cap(buf)])
+}
+
+// head reads a head and passes the connection on, or reports that the client may
+// send another one.
+func (s *Server) head(p *pending, source asker, start time.Time, tooMany error, buf []byte) (again bool) {
 	raw, n, err := readHead(firstRead{p}, buf, s.cfg.Limits.HeaderBytes)
 	if len(raw) == 0 { // a probe, or a connection opened in advance
 		if tooMany != nil {
 			s.dropTooMany(p, source, start, tooMany)
 		}
 		p.conn.Close()
-		return
+		return false
 	}
 	if err := s.unexpected(p, raw); err != nil {
 		s.reject(p, source, start, err)
-		return
+		return false
 	}
 	var h head
 	if err == nil {
@@ -81,7 +110,7 @@ func (s *Server) front(p *pending, buf []byte) {
 	case err != nil:
 		s.refuseHead(p.conn, source, start, &h, err)
 	case h.isConnect():
-		s.serveConnect(p.conn, source, start, &h, raw[n:])
+		return s.serveConnect(p.conn, source, start, &h, raw[n:])
 	default:
 		counted := p.counted
 		p.counted = netip.Addr{} // it is c's from now on
@@ -90,6 +119,7 @@ func (s *Server) front(p *pending, buf []byte) {
 			s:        s, source: source, counted: counted, in: requests(s, raw),
 		})
 	}
+	return false
 }
 
 // firstRead notes that the client has sent something: from then on Shutdown waits.
@@ -113,6 +143,7 @@ func (s *Server) refuseHead(conn net.Conn, source asker, start time.Time, h *hea
 	}
 	name := c.ev.Name
 	c.ev = s.newEvent(kind, source, start)
+	c.ev.Listener = listenerOf(conn)
 	c.ev.Name, c.ev.Method, c.ev.UserAgent = name, clip(string(h.method)), clip(string(h.userAgent))
 	if !isHeadError(err) { // the client went away in the middle of it
 		c.decision = c.decision.Refuse(policy.ReasonBadRequest)
@@ -140,6 +171,7 @@ func (s *Server) serveByHTTP(c *clientConn) {
 func (s *Server) refuseDraining(c *clientConn) {
 	x := &connect{s: s, client: c.Conn}
 	x.ev = s.newEvent(event.HTTP, c.source, time.Now())
+	x.ev.Listener = listenerOf(c.Conn)
 	x.refuse(limited(policy.Decision{}, http.StatusServiceUnavailable, errDraining))
 }
 
@@ -171,6 +203,7 @@ func requests(s *Server, raw []byte) framed {
 // and emits the event.
 func (s *Server) unreadable(c *clientConn, err error) []byte {
 	ev := s.newEvent(event.HTTP, c.source, time.Now())
+	ev.Listener = listenerOf(c.Conn)
 	r := badRequest(policy.Decision{}, err)
 	if c.session != nil {
 		r.decision = c.session.tunnel.ev.Decision.Refuse(policy.ReasonBadRequest)
@@ -187,6 +220,8 @@ func (s *Server) takeBack(c *clientConn, w http.ResponseWriter, r *http.Request)
 	h := &head{
 		method: []byte(r.Method), target: []byte(r.RequestURI), userAgent: []byte(r.UserAgent()),
 		json: wantsJSON(r.Header.Get("Accept")), looped: hasLooped(r.Header),
+		via: []byte(strings.Join(r.Header["Via"], ", ")), minor: '0' + byte(r.ProtoMinor),
+		credentials: []byte(r.Header.Get("Proxy-Authorization")), authorized: len(r.Header["Proxy-Authorization"]),
 	}
 	start := time.Now()
 	s.wg.Add(1)
@@ -201,14 +236,19 @@ func (s *Server) takeBack(c *clientConn, w http.ResponseWriter, r *http.Request)
 func (s *Server) serveTakenBack(conn net.Conn, source asker, start time.Time, h *head, early []byte, content bool) {
 	defer s.wg.Done()
 	defer s.recovered(conn)
-	defer s.leave(s.enter(conn, true))
+	p := s.enter(conn, true)
+	defer s.leave(p)
 	// The client may not have taken in what came before, and so not take in the 200.
 	conn.SetWriteDeadline(start.Add(s.cfg.Timeouts.Connect + answerTime))
 	if content {
 		s.refuseHead(conn, source, start, h, badHead("CONNECT with content"))
 		return
 	}
-	s.serveConnect(conn, source, start, h, early)
+	if s.serveConnect(conn, source, start, h, early) {
+		conn.SetDeadline(time.Time{})
+		conn.SetReadDeadline(time.Now().Add(s.cfg.Timeouts.RequestHeader))
+		s.heads(p, source, time.Now(), nil, early[:0])
+	}
 }
 
 // enter registers a connection. One that Shutdown came too early to see is closed.

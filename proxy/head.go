@@ -35,10 +35,12 @@ type head struct {
 	method, target []byte
 	host           []byte // value of the Host field
 	userAgent      []byte
-	json           bool // an Accept field asks for application/json
+	json           bool   // an Accept field asks for application/json
+	credentials    []byte // value of the last Proxy-Authorization field
 
 	minor         byte // of HTTP/1.x: '0' or '1'
 	hosts         int
+	authorized    int // Proxy-Authorization fields
 	contentLength []byte
 	chunked       bool
 	via           []byte // values of Via, as one
@@ -168,6 +170,9 @@ func (h *head) field(line []byte) error {
 			value = slices.Concat(h.via, []byte(", "), value)
 		}
 		h.via = value
+	case equalFold(name, "proxy-authorization"):
+		h.credentials = value
+		h.authorized++
 	}
 	return nil
 }

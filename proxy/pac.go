@@ -29,10 +29,10 @@ function FindProxyForURL(url, host) {
 `
 
 // PAC returns the proxy auto-configuration file for clients that reach this proxy
-// at address, host:port: loopback, names without a dot and what direct lists (see
+// as proxy, such as "PROXY host:port" or "HTTPS host:port": loopback, names without a dot and what direct lists (see
 // Config.PACDirect) go out without it, everything else through it and never past
-// it. The caller vouches for address and direct; they stand in the file as they are.
-func PAC(address string, direct []string) []byte {
+// it. The caller vouches for proxy and direct; they stand in the file as they are.
+func PAC(proxy string, direct []string) []byte {
 	b := append(make([]byte, 0, 1024), pacHead...)
 	var names []string
 	for _, d := range append([]string{"127.0.0.0/8"}, direct...) {
@@ -62,19 +62,25 @@ func PAC(address string, direct []string) []byte {
 		}
 		b = append(b, ") return \"DIRECT\";\n"...)
 	}
-	return append(b, `  return "PROXY `+address+"\";\n}\n"...)
+	return append(b, `  return "`+proxy+"\";\n}\n"...)
 }
+
+// How a proxy is spoken to, in the file.
+const (
+	pacPlain  = "PROXY"
+	pacSecure = "HTTPS"
+)
 
 // servePAC answers a request for the file with the address at which the client
 // reached the proxy: host, as the request's Host field has it, if that is a plain
 // name or address, and otherwise local, the connection's own address. Only what
 // was parsed gets into the file, in its canonical form.
-func (s *Server) servePAC(w http.ResponseWriter, host string, local netip.AddrPort) {
+func (s *Server) servePAC(w http.ResponseWriter, scheme, host string, local netip.AddrPort) {
 	h := w.Header()
 	h.Set("Content-Type", pacType)
 	h.Set("Cache-Control", "no-store") // the next client may have reached us elsewhere
 	h.Set("X-Content-Type-Options", "nosniff")
-	w.Write(PAC(pacAddress(host, local), s.cfg.PACDirect))
+	w.Write(PAC(scheme+" "+pacAddress(host, local), s.cfg.PACDirect))
 }
 
 // pacAddress returns host:port of the proxy, host if that is well-formed.
@@ -105,7 +111,7 @@ func (s *Server) PACHandler() http.Handler {
 		}
 		own := s.addrs[0]
 		if !own.Addr().IsUnspecified() {
-			s.servePAC(w, own.String(), own)
+			s.servePAC(w, pacPlain, own.String(), own)
 			return
 		}
 		port := strconv.Itoa(int(own.Port()))
@@ -117,6 +123,6 @@ func (s *Server) PACHandler() http.Handler {
 		if l, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok {
 			local = netip.AddrPortFrom(addrPort(l).Addr(), own.Port())
 		}
-		s.servePAC(w, host+":"+port, local)
+		s.servePAC(w, pacPlain, host+":"+port, local)
 	})
 }

@@ -40,7 +40,7 @@ function FindProxyForURL(url, host) {
 `
 
 func TestPAC(t *testing.T) {
-	if got := string(PAC("[2001:db8::1]:3128", pacDirect)); got != pacText {
+	if got := string(PAC("PROXY [2001:db8::1]:3128", pacDirect)); got != pacText {
 		t.Errorf("%s\nwant\n%s", got, pacText)
 	}
 }
@@ -100,7 +100,7 @@ func TestServePAC(t *testing.T) {
 		c := g.dial()
 		c.send("GET /proxy.pac HTTP/1.1\r\nHost: %s\r\n\r\n", host)
 		resp, body := c.response("GET")
-		text := string(PAC(want, pacDirect))
+		text := string(PAC("PROXY "+want, pacDirect))
 		if resp.StatusCode == http.StatusBadRequest && want == g.addr { // net/http did not like the Host field either
 			g.next()
 			continue
@@ -109,7 +109,7 @@ func TestServePAC(t *testing.T) {
 			t.Errorf("%q: %s %v\n%s\nwant\n%s", host, resp.Status, resp.Header, body, text)
 		}
 		c.send("GET /proxy.pac HTTP/1.1\r\nHost: again.test:1\r\n\r\n") // the connection goes on
-		if _, body := c.response("GET"); body != string(PAC("again.test:1", pacDirect)) {
+		if _, body := c.response("GET"); body != string(PAC("PROXY again.test:1", pacDirect)) {
 			t.Errorf("%s", body)
 		}
 	}
@@ -143,7 +143,7 @@ func TestPACHandler(t *testing.T) {
 		return w
 	}
 	bound := start(t, "version: 1\ngroups: []\n")
-	if got := ask(bound.srv, "admin.test:9128").Body.String(); got != string(PAC(bound.addr, nil)) {
+	if got := ask(bound.srv, "admin.test:9128").Body.String(); got != string(PAC("PROXY "+bound.addr, nil)) {
 		t.Errorf("%s", got)
 	}
 	everywhere := start(t, "version: 1\ngroups: []\n", func(c *Config) { c.Listen = []string{"0.0.0.0:0"} })

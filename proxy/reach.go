@@ -74,7 +74,7 @@ func (s *Server) check(t *trip, addrs []netip.Addr, all bool) *refusal {
 		to := netip.AddrPortFrom(a, t.request.Port)
 		var r *refusal
 		req := t.request
-		req.Destination = a
+		s.towards(&req, a)
 		if s.isSelf(to) {
 			r = looped(t.decision)
 		} else if d := s.cfg.Decider.Decide(req); !d.Passes() {
@@ -90,6 +90,12 @@ func (s *Server) check(t *trip, addrs []netip.Addr, all bool) *refusal {
 		return nil
 	}
 	return first
+}
+
+// towards makes a the destination of req.
+func (s *Server) towards(req *policy.Request, a netip.Addr) {
+	req.Destination = a
+	req.PrivateZone = s.cfg.PrivateZone != nil && s.cfg.PrivateZone(req.Name, a)
 }
 
 // isSelf reports whether a connection to a would come back to this process.

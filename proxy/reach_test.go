@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -18,6 +19,32 @@ func (g *gate) refused(target string) (status int, reason, proxyStatus string) {
 	c.send("CONNECT %s HTTP/1.1\r\n\r\n", target)
 	resp, _ := c.response(http.MethodConnect)
 	return resp.StatusCode, resp.Header.Get("X-Sallyport-Reason"), resp.Header.Get("Proxy-Status")
+}
+
+// TestPrivateZone: what the settings expect of a zone may be dialled, but for
+// addresses that a guardrail, the platform or this process itself has.
+func TestPrivateZone(t *testing.T) {
+	far := listen(t, "127.0.0.2:0")
+	text := fmt.Sprintf("version: 1\ndeny: [{addresses: [127.9.0.0/16]}]\ngroups:\n  - name: g\n    sources: [127.0.0.0/8]\n    allow: [{names: [.corp.test, www.else.test], ports: [%d], protocol: tcp}]\n", far.port())
+	g := start(t, text, func(c *Config) {
+		c.PrivateZone = func(n policy.Name, _ netip.Addr) bool { return strings.HasSuffix(n.String(), ".corp.test") }
+	})
+	g.resolver.set("db.corp.test", "127.0.0.2")
+	c := g.connect(fmt.Sprintf("db.corp.test:%d", far.port()))
+	far.accept(t).Close()
+	c.Close()
+	if ev := g.next(); ev.Destination != far.addr || ev.Decision.Verdict != policy.Allow {
+		t.Errorf("%+v", ev)
+	}
+	g.resolver.set("www.else.test", "127.0.0.2")
+	g.resolver.set("meta.corp.test", "169.254.169.254")
+	g.resolver.set("denied.corp.test", "127.9.0.1")
+	for name, want := range map[string]string{"www.else.test": "private_destination", "meta.corp.test": "private_destination", "denied.corp.test": "explicit_deny"} {
+		if status, reason, _ := g.refused(fmt.Sprintf("%s:%d", name, far.port())); status != 403 || reason != want {
+			t.Errorf("%s: %d %s, want %s", name, status, reason, want)
+		}
+		g.next()
+	}
 }
 
 // only allows one address besides what the policy allows without a destination.

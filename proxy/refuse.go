@@ -171,6 +171,9 @@ type answer struct {
 	name     string // as asked for; whatever the client sent
 	port     uint16
 	asJSON   bool
+
+	challenge string // value of Proxy-Authenticate, sent with a 407
+	keep      bool   // the connection goes on after the answer
 }
 
 // fields calls set with every header field of the answer but Content-Length, in
@@ -183,6 +186,9 @@ func (a *answer) fields(set func(key, value string)) {
 	set("Cache-Control", "no-store")
 	if a.status == http.StatusTooManyRequests || a.status == http.StatusServiceUnavailable {
 		set("Retry-After", retryAfter)
+	}
+	if a.status == http.StatusProxyAuthRequired {
+		set("Proxy-Authenticate", a.challenge)
 	}
 	if a.asJSON {
 		set("Content-Type", "application/json")
@@ -233,7 +239,8 @@ func (a *answer) body() []byte {
 	return b
 }
 
-// append appends the whole response to b. The connection ends after it.
+// append appends the whole response to b. The connection ends after it, unless keep
+// is set.
 func (a *answer) append(b []byte, phrase string) []byte {
 	field := func(key, value string) {
 		b = append(append(append(append(b, key...), ": "...), value...), "\r\n"...)
@@ -245,7 +252,9 @@ func (a *answer) append(b []byte, phrase string) []byte {
 	a.fields(field)
 	field("Date", time.Now().UTC().Format(http.TimeFormat))
 	field("Content-Length", strconv.Itoa(len(body)))
-	field("Connection", "close")
+	if !a.keep {
+		field("Connection", "close")
+	}
 	return append(append(b, "\r\n"...), body...)
 }
 
@@ -271,7 +280,9 @@ var explanations = map[policy.Reason]string{
 	policy.ReasonHostMismatch:       "the Host field differs from the CONNECT target",
 	policy.ReasonBadRequest:         "the request is malformed",
 	policy.ReasonLoop:               "the request would come back to this proxy",
-	policy.ReasonLimitExceeded:      "too many tunnels or connections, or the proxy is stopping; try again later",
+	policy.ReasonLimitExceeded:      "too many tunnels, connections or wrong passwords, or the proxy is stopping; try again later",
+	policy.ReasonAuthRequired:       "the proxy wants to know who asks: a user name and password are needed",
+	policy.ReasonAuthFailed:         "the user name or the password is wrong",
 	policy.ReasonResolveFailed:      "the name could not be resolved",
 	policy.ReasonConnectFailed:      "the destination could not be reached",
 }

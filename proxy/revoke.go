@@ -111,7 +111,7 @@ func (l *liveExchange) cutRevoked() {
 	if l.upstream != nil {
 		l.upstream.Close()
 	}
-	if l.answered {
+	if l.answered && !l.ex.http2 { // a stream of HTTP/2 ends by itself, as the response breaks off
 		l.ex.client.Conn.Close()
 	}
 }

@@ -101,7 +101,7 @@ func (s *Server) dial(ctx context.Context, w *way, t *trip) (net.Conn, *refusal)
 	if err != nil {
 		return nil, connectFailed(t.decision, err)
 	}
-	t.request.Destination = remoteAddr(conn).Addr()
+	s.towards(&t.request, remoteAddr(conn).Addr())
 	return conn, nil
 }
 
@@ -121,7 +121,7 @@ func (s *Server) dialParent(ctx context.Context, w *way, t *trip) (net.Conn, *re
 			return nil, connectFailed(t.decision, errors.Join(append(failed, err)...))
 		}
 		if conn, err = w.Parent.Tunnel(ctx, conn, to.authority, extendVia(t.via)); err == nil {
-			t.request.Destination = to.checked
+			s.towards(&t.request, to.checked)
 			return conn, nil
 		}
 		failed = append(failed, err)

@@ -37,9 +37,16 @@ type Config struct {
 	Listen   []string          // addresses for Listen, host:port; no host is every address of this machine
 	Decider  Decider           // required
 	Resolver upstream.Resolver // required; asked once a request, and only for names that may pass
-	Observer event.Observer    // told of every event; nil: nobody
-	Logger   zerolog.Logger    // for what someone should act on; the zero value is silent
-	HelpURL  string            // shown to refused clients: where to ask for access; "": nothing
+
+	// PrivateZone reports whether the settings expect an address behind a name though
+	// it is private; nil: none is. It fills policy.Request.PrivateZone.
+	PrivateZone func(policy.Name, netip.Addr) bool
+
+	Observer event.Observer // told of every event; nil: nobody
+	Logger   zerolog.Logger // for what someone should act on; the zero value is silent
+	HelpURL  string         // shown to refused clients: where to ask for access; "": nothing
+	Auth     Auth           // Basic credentials
+	TLS      TLS            // listeners where clients speak TLS to the proxy
 	Timeouts Timeouts
 	Limits   Limits
 	Routes   Routes // see SetRoutes
@@ -128,6 +135,8 @@ type Server struct {
 	pools   pools
 	tunnels tunnels
 	clients clients
+	users   credentials
+	secure  secure // the TLS listeners
 
 	rates       *rates       // of new connections; nil: no limit
 	crowd       crowd        // connections that are no tunnels
@@ -192,6 +201,8 @@ func New(cfg Config) *Server {
 		},
 		ConnState: s.connState,
 	}
+	s.users.init(cfg.Auth)
+	s.newSecure()
 	return s
 }
 
@@ -220,8 +231,8 @@ func (c *Config) setDefaults() {
 	}
 }
 
-// Listen binds every address of Config.Listen, or none: the error names the one
-// that could not be had.
+// Listen binds every address of Config.Listen and Config.TLS.Listen, or none: the
+// error names the one that could not be had.
 func (s *Server) Listen() error {
 	// MPTCP, which Go would use where it can, cannot be spliced.
 	lc := listenConfig()
@@ -235,7 +246,17 @@ func (s *Server) Listen() error {
 		s.listeners = append(s.listeners, l)
 		s.addrs = append(s.addrs, addrPort(l.Addr()))
 	}
+	for _, a := range s.cfg.TLS.Listen {
+		l, err := lc.Listen(context.Background(), "tcp", a)
+		if err != nil {
+			s.closeListeners()
+			return err
+		}
+		s.secure.listeners = append(s.secure.listeners, l)
+		s.secure.addrs = append(s.secure.addrs, addrPort(l.Addr()))
+	}
 	s.Guard(s.addrs...)
+	s.Guard(s.secure.addrs...)
 	return nil
 }
 
@@ -247,6 +268,9 @@ func (s *Server) closeListeners() {
 	for _, l := range s.listeners {
 		l.Close()
 	}
+	for _, l := range s.secure.listeners {
+		l.Close()
+	}
 }
 
 // Addrs returns the addresses bound by Listen, in the order of Config.Listen.
@@ -256,13 +280,14 @@ func (s *Server) Addrs() []netip.AddrPort { return s.addrs }
 // Shutdown is called. It returns when all is over, and nil unless Listen was not
 // called.
 func (s *Server) Serve(ctx context.Context) error {
-	if len(s.listeners) != len(s.cfg.Listen) {
+	if len(s.listeners) != len(s.cfg.Listen) || len(s.secure.listeners) != len(s.cfg.TLS.Listen) {
 		return errors.New("serve: Listen was not called")
 	}
 	for _, l := range s.listeners {
 		s.wg.Add(1)
-		go s.accept(l)
+		go s.accept(l, s.serveConn)
 	}
+	s.serveSecure()
 	s.wg.Add(1)
 	go s.serveHTTP()
 	select {
@@ -278,9 +303,10 @@ func (s *Server) serveHTTP() {
 	s.http.Serve(s.handOff) // ends with ErrServerClosed, at Shutdown
 }
 
-// accept accepts until l is closed. Other failures pass, and are waited for, and so
-// is a lack of descriptors.
-func (s *Server) accept(l net.Listener) {
+// accept accepts until l is closed, and has serve called in a goroutine for each
+// connection. Other failures pass, and are waited for, and so is a lack of
+// descriptors.
+func (s *Server) accept(l net.Listener, serve func(net.Conn)) {
 	defer s.wg.Done()
 	look := newLookout(s.descriptors)
 	pause := minPause
@@ -294,7 +320,7 @@ func (s *Server) accept(l net.Listener) {
 				s.cfg.Logger.Info().Str("listener", listener).Msg("connections are accepted without a pause again")
 			}
 			s.wg.Add(1)
-			go s.serveConn(conn)
+			go serve(conn)
 			if enough {
 				continue
 			}
@@ -358,6 +384,7 @@ func (s *Server) shutdown(ctx context.Context) error {
 		defer close(cut)
 		s.cutAll()
 	})
+	s.shutdownSecure(drain)
 	s.http.Shutdown(drain) // an error is drain's end
 	s.wg.Wait()
 	if !stop() {
@@ -371,7 +398,10 @@ func (s *Server) shutdown(ctx context.Context) error {
 // cutAll ends everything that is left.
 func (s *Server) cutAll() {
 	s.cut()
-	s.eachPending(func(p *pending) { p.conn.Close() })
+	s.eachPending(func(p *pending) {
+		abort(p.conn)
+		p.conn.Close()
+	})
 	s.tunnels.each((*tunnel).cut)
 	s.http.Close()
 }
@@ -416,6 +446,7 @@ func (s *Server) answer(r *refusal, ev *event.Event, asJSON bool) *answer {
 	return &answer{
 		refusal: r, id: ev.ID, help: s.cfg.HelpURL,
 		source: ev.Source.Addr(), name: ev.Name, port: ev.Port, asJSON: asJSON,
+		challenge: s.users.challenge,
 	}
 }
 

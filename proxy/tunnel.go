@@ -24,6 +24,7 @@ type tunnel struct {
 	client   net.Conn
 	upstream net.Conn       // nil while net/http has the client's connection (HTTP inside a CONNECT)
 	request  policy.Request // the last one decided
+	hash     string         // of its user's password, which a change of users must have kept; "": not known by one
 	ev       event.Event
 	up, down atomic.Int64 // bytes to the upstream, to the client
 	place    *place       // among the tunnels, of its own; nil: none
@@ -48,6 +49,9 @@ func (t *tunnel) run() {
 	defer t.s.wg.Done()
 	defer t.s.recovered(t.client)
 	r := relay.Relay(t.client, t.upstream, relay.Options{Idle: t.s.cfg.Timeouts.Idle, Up: &t.up, Down: &t.down})
+	if r.End != relay.ClientClosed && r.End != relay.UpstreamClosed {
+		abort(t.client)
+	}
 	t.client.Close()
 	t.upstream.Close()
 	t.s.descriptors.release()
@@ -83,6 +87,7 @@ func (t *tunnel) end(problem string) {
 
 // cut ends t from any goroutine: its owner notices, closes and reports.
 func (t *tunnel) cut() {
+	abort(t.client)
 	t.client.Close()
 	if t.upstream != nil {
 		t.upstream.Close()
@@ -93,7 +98,8 @@ func (t *tunnel) cut() {
 func (t *tunnel) recheck() {
 	req := t.request
 	req.Time = time.Now()
-	if d := t.s.cfg.Decider.Decide(req); !d.Passes() {
+	d := t.s.cfg.Decider.Decide(req)
+	if !d.Passes() || !t.s.users.isStill(req.User, t.hash) {
 		t.revoked.CompareAndSwap(nil, &d)
 	}
 }

@@ -153,7 +153,7 @@ func (ex *exchange) switchTo(conn net.Conn, br *bufio.Reader, resp *http.Respons
 	}
 	ex.taken = true
 	ex.ev.Status, ex.ev.Decision = http.StatusSwitchingProtocols, ex.decision
-	t := &tunnel{s: ex.s, client: client, upstream: conn, request: ex.request, ev: ex.ev, place: ex.place}
+	t := &tunnel{s: ex.s, client: client, upstream: conn, request: ex.request, hash: ex.who.hash, ev: ex.ev, place: ex.place}
 	ex.place = nil
 	if s := ex.client.session; s != nil {
 		t.then = s.end

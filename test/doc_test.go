@@ -256,7 +256,9 @@ func TestMetricsAreDocumented(t *testing.T) {
 	m := metrics.New(metrics.Options{
 		Proxy:      func() metrics.ProxyStats { return metrics.ProxyStats{} },
 		LogDropped: func() uint64 { return 0 },
-		Resolver:   func() metrics.ResolverStats { return metrics.ResolverStats{} },
+		Resolver: func() metrics.ResolverStats {
+			return metrics.ResolverStats{Upstreams: []metrics.UpstreamStats{{RTT: time.Second}}}
+		},
 	})
 	m.SetPolicy("r1", nil)
 	m.SetReload(true, time.Now())

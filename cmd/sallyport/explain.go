@@ -45,6 +45,7 @@ func newExplain(o *options) *cobra.Command {
 			if err != nil {
 				return usageError(err)
 			}
+			r.PrivateZone = dnsConfig(settings.DNS).PrivateZone(r.Name, r.Destination)
 			x := p.Explain(r)
 			write := writeExplanation
 			if asJSON {

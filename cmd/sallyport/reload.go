@@ -23,7 +23,7 @@ func request(c chan<- struct{}) {
 }
 
 // reloader reloads when asked, one at a time: the policy when its files changed,
-// the settings too on SIGHUP.
+// the settings too on SIGHUP. Users and certificates go with either.
 func (g *gate) reloader(ctx context.Context) {
 	for {
 		var err error
@@ -33,6 +33,12 @@ func (g *gate) reloader(ctx context.Context) {
 		case <-g.hangup:
 			err = g.attempt("settings", g.reloadSettings)
 		case <-g.changed:
+		}
+		if g.users != nil {
+			err = errors.Join(err, g.attempt("users", g.reloadUsers))
+		}
+		if g.certificates.leaf != nil {
+			err = errors.Join(err, g.attempt("certificates", g.reloadCertificates))
 		}
 		err = errors.Join(err, g.attempt("policy", g.reloadPolicy))
 		now := time.Now()
@@ -74,6 +80,7 @@ func (g *gate) reloadSettings() error {
 		return err
 	}
 	g.settings.Log.Level = s.Log.Level
+	g.resolver.Reload()
 	return nil
 }
 
@@ -198,7 +205,7 @@ func (g *gate) readiness(ctx context.Context) admin.Status {
 	st := admin.Status{Draining: g.status.draining, Policy: g.status.policy, Listeners: map[string]bool{}}
 	listening := g.status.up && !g.status.draining
 	g.status.mu.Unlock()
-	for name, addrs := range map[string][]string{"proxy": g.settings.Proxy.Listen, "dns": g.settings.DNS.Listen} {
+	for name, addrs := range map[string][]string{"proxy": g.settings.Proxy.Listen, "proxy_tls": g.settings.Proxy.TLSListen, "dns": g.settings.DNS.Listen} {
 		if len(addrs) > 0 {
 			st.Listeners[name] = listening
 		}

@@ -9,6 +9,7 @@ import (
 	"os/signal"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/rs/zerolog"
 	"github.com/spf13/cobra"
@@ -21,6 +22,7 @@ import (
 	"sallyport/policy"
 	"sallyport/policy/event"
 	"sallyport/proxy"
+	"sallyport/proxy/htpasswd"
 )
 
 func newRun(o *options) *cobra.Command {
@@ -64,10 +66,13 @@ type gate struct {
 	resolver *dnsfilter.Resolver
 	dns      *dnsfilter.Server
 	proxy    *proxy.Server
+	users    *htpasswd.File // in force; nil: none
 	admin    *admin.Server
 	signals  <-chan os.Signal
 	hangup   chan struct{} // SIGHUP asks for a reload of settings and policy
 	changed  chan struct{} // the policy's files ask for one of the policy
+
+	certificates certificates // in force, of proxy.tls
 }
 
 // newGate builds everything and loads the policy. Nothing listens yet.
@@ -78,6 +83,17 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 		return nil, usageError(err)
 	}
 	loadErr := err
+	if g.users, err = loadUsers(s.Proxy.Auth); err != nil {
+		return nil, usageError(err)
+	}
+	if len(s.Proxy.TLSListen) > 0 {
+		if g.certificates, err = loadCertificates(s.Proxy.TLS); err != nil {
+			return nil, usageError(err)
+		}
+		if w := g.certificates.warning(s.Proxy.TLS.Certificate, time.Now()); w != nil {
+			warnings = append(warnings, w)
+		}
+	}
 	if g.log, err = eventlog.Open(eventlog.Options{
 		Format: eventlog.Format(s.Log.Format), Output: s.Log.Output, Level: s.Log.Level, Node: s.Node,
 	}); err != nil {
@@ -103,6 +119,7 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 			return metrics.ResolverStats{
 				Hits: st.CacheHits, Misses: st.CacheMisses, Stale: st.CacheStale,
 				Dropped: st.Dropped, Malformed: st.Malformed, Failures: st.UpstreamFailures,
+				Ignored: st.UpstreamIgnored, Prefetched: st.Prefetched, Upstreams: upstreamStats(st.Upstreams),
 			}
 		},
 	})
@@ -123,6 +140,14 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 	return g, g.first(first, loadErr)
 }
 
+func upstreamStats(all []dnsfilter.UpstreamStats) []metrics.UpstreamStats {
+	out := make([]metrics.UpstreamStats, len(all))
+	for i, u := range all {
+		out[i] = metrics.UpstreamStats(u)
+	}
+	return out
+}
+
 func (g *gate) dnsConfig() dnsfilter.Config {
 	c := dnsConfig(g.settings.DNS)
 	c.Decider, c.Counter, c.Observer, c.Logger = &g.store, g.metrics, g.log, g.logger
@@ -138,13 +163,15 @@ func dnsConfig(s config.DNS) dnsfilter.Config {
 	c := dnsfilter.Config{
 		Listen: s.Listen, Upstreams: s.Upstreams, HostsFile: s.HostsFile,
 		Deny: dnsfilter.Denial(s.Deny), HTTPSRecords: dnsfilter.HTTPSRecords(s.HTTPSRecords), CNAMEs: dnsfilter.CNAMEs(s.CNAMEs),
-		MaxUDPSize: s.EDNSSize,
+		MaxUDPSize: s.EDNSSize, HealthName: s.HealthName, SearchDomains: s.SearchDomains,
+		UpstreamMode: dnsfilter.UpstreamMode(s.UpstreamMode), CaseRandomisation: s.CaseRandomisation,
 		Cache: dnsfilter.Cache{
 			Size: s.Cache.Size, MinTTL: s.Cache.MinTTL, MaxTTL: s.Cache.MaxTTL, ServeStale: s.Cache.ServeStale,
+			Prefetch: s.Cache.Prefetch,
 		},
 	}
 	for _, z := range s.Zones {
-		c.Zones = append(c.Zones, dnsfilter.Zone{Zone: z.Zone, Upstreams: z.Upstreams})
+		c.Zones = append(c.Zones, dnsfilter.Zone{Zone: z.Zone, Upstreams: z.Upstreams, PrivateDestinations: z.PrivateDestinations})
 	}
 	for _, r := range s.Records {
 		c.Records = append(c.Records, dnsfilter.Record{Name: r.Name, Type: r.Type, Value: r.Value, TTL: r.TTL})
@@ -156,7 +183,13 @@ func (g *gate) proxyConfig() proxy.Config {
 	s := g.settings.Proxy
 	return proxy.Config{
 		Decider: &g.store, Resolver: g.resolver, Observer: g.observer, Logger: g.logger,
-		Listen: s.Listen, HelpURL: s.HelpURL, PACDirect: s.PAC.Direct,
+		PrivateZone: g.resolver.PrivateZone,
+		Listen:      s.Listen, HelpURL: s.HelpURL, PACDirect: s.PAC.Direct,
+		Auth: proxy.Auth{
+			Users: g.users, Realm: s.Auth.Realm, Required: s.Auth.Required,
+			HasUsers: func() bool { p := g.store.Policy(); return p != nil && p.HasUsers() },
+		},
+		TLS: proxy.TLS{Listen: s.TLSListen, TLSIdentity: g.certificates.TLSIdentity},
 		Timeouts: proxy.Timeouts{
 			Connect: s.Timeouts.Connect, ClientHello: s.Timeouts.ClientHello, RequestHeader: s.Timeouts.RequestHeader,
 			Idle: s.Timeouts.Idle, Drain: s.Timeouts.Drain,
@@ -224,6 +257,9 @@ func (g *gate) serve(ctx context.Context, hints io.Writer) error {
 	start("admin", g.admin.Serve, servers)
 	if g.source.files != nil {
 		start("watch policy", g.watch, helpers)
+	}
+	if len(g.identityFiles()) > 0 {
+		wg.Go(func() { g.watchIdentity(helpers) })
 	}
 	wg.Go(func() { g.reloader(helpers) })
 	wg.Go(func() { g.serveSignals(helpers) })
@@ -299,6 +335,9 @@ func (g *gate) announce(hints io.Writer) {
 	}
 	for _, a := range g.proxy.Addrs() {
 		say("proxy", a.String())
+	}
+	for _, a := range g.proxy.TLSAddrs() {
+		say("proxy_tls", a.String())
 	}
 	for _, a := range g.dns.Addrs() {
 		say("dns", a.String())

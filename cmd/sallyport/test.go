@@ -49,6 +49,11 @@ func newTest(o *options) *cobra.Command {
 			if err != nil {
 				return usageError(err)
 			}
+			zones := dnsConfig(settings.DNS)
+			for i := range cases {
+				r := &cases[i].request
+				r.PrivateZone = zones.PrivateZone(r.Name, r.Destination)
+			}
 			return runTests(cmd.OutOrStdout(), p, cases, junit)
 		},
 	}

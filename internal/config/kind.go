@@ -30,6 +30,7 @@ const (
 	sizePattern     = `^[0-9]+(B|KiB|MiB|GiB)?$`
 	listenPattern   = `^([0-9A-Za-z.]*|\[[0-9A-Za-z:.%]+\]):[0-9]{1,5}$`
 	nodePattern     = `^[0-9A-Za-z._-]*$`
+	realmPattern    = `^[ !#-\[\]-~]{1,64}$` // what a quoted-string holds without escapes
 )
 
 // maxText bounds a free text, in bytes.
@@ -43,12 +44,15 @@ var kinds = map[string]kind{
 	"source":   {parseSource, matching("")},
 	"url":      {parseURL, matching("")},
 	"name":     {parseName, matching("")},
+	"opt_name": {parseOptionalName, matching("")},
+	"bool":     {parseBool, func(*field) map[string]any { return map[string]any{"type": "boolean"} }},
 	"upstream": {parseUpstream, matching("")},
 	"prefix":   {parsePrefix, matching("")},
 	"address":  {parseAddress, matching("")},
 	"suffix":   {parseSuffix, matching("")},
 	"direct":   {parseDirect, matching("")},
 	"parent":   {parseParent, matching("^$|^https?://")},
+	"realm":    {parseRealm, matching(realmPattern)},
 	"node":     {parseNode, matching(nodePattern)},
 	"listen":   {parseListen, matching(listenPattern)},
 	"admin":    {parseAdmin, matching("^$|" + listenPattern)},
@@ -298,6 +302,23 @@ func parseName(_ *field, s string) (any, error) {
 	return n.String(), nil
 }
 
+func parseOptionalName(f *field, s string) (any, error) {
+	if s == "" {
+		return s, nil
+	}
+	return parseName(f, s)
+}
+
+func parseBool(_ *field, s string) (any, error) {
+	switch s {
+	case "true":
+		return true, nil
+	case "false":
+		return false, nil
+	}
+	return nil, fmt.Errorf("%s is neither true nor false; write one of them", quote(s))
+}
+
 func parseURL(_ *field, s string) (any, error) {
 	if s == "" {
 		return s, nil
@@ -314,6 +335,13 @@ func parseURL(_ *field, s string) (any, error) {
 func parseNode(_ *field, s string) (any, error) {
 	if !regexp.MustCompile(nodePattern).MatchString(s) || len(s) > 253 {
 		return nil, fmt.Errorf("%s is not a node name; write up to 253 letters, digits, dots, hyphens and underscores", quote(s))
+	}
+	return s, nil
+}
+
+func parseRealm(_ *field, s string) (any, error) {
+	if !regexp.MustCompile(realmPattern).MatchString(s) {
+		return nil, fmt.Errorf(`%s is not a realm; write 1 to 64 ASCII characters without quotes and backslashes`, quote(s))
 	}
 	return s, nil
 }

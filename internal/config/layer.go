@@ -431,7 +431,7 @@ func example(f *field) string {
 		"duration": "10s", "size": "64KiB", "count": "0", "url": `"https://wiki.corp.example/egress"`,
 		"name": "corp.example", "path": "/etc/hosts", "source": "policy.yaml", "output": "stdout",
 		"node": `""`, "text": `"text"`, "address": `"192.0.2.7"`, "suffix": `".corp.example"`, "direct": `".corp.example"`,
-		"parent": `"http://proxy.corp.example:3128"`, "group_parent": "direct",
+		"parent": `"http://proxy.corp.example:3128"`, "group_parent": "direct", "realm": "sallyport", "bool": "true", "opt_name": "health.corp.example",
 	}[f.kindName]
 	switch {
 	case f.children != nil:

@@ -184,7 +184,8 @@ func (s *Settings) check(at func(path string) policy.Pos) (mistakes policy.Error
 	wrong := func(path, format string, args ...any) {
 		mistakes = append(mistakes, &policy.Error{Pos: at(path), Path: path, Err: fmt.Errorf(format, args...)})
 	}
-	if len(s.Proxy.Listen)+len(s.DNS.Listen) == 0 {
+	s.Proxy.checkIdentity(wrong)
+	if len(s.Proxy.Listen)+len(s.Proxy.TLSListen)+len(s.DNS.Listen) == 0 {
 		wrong("proxy.listen", "neither proxy.listen nor dns.listen has an address, so nothing would run; write one")
 	}
 	if s.DNS.Cache.MinTTL > s.DNS.Cache.MaxTTL {
@@ -200,6 +201,9 @@ func (s *Settings) check(at func(path string) policy.Pos) (mistakes policy.Error
 	}
 	for i, a := range s.Proxy.Listen {
 		claim(fmt.Sprintf("proxy.listen[%d]", i), a)
+	}
+	for i, a := range s.Proxy.TLSListen {
+		claim(fmt.Sprintf("proxy.tls_listen[%d]", i), a)
 	}
 	for i, a := range s.DNS.Listen {
 		claim(fmt.Sprintf("dns.listen[%d]", i), a)
@@ -223,6 +227,19 @@ func (s *Settings) check(at func(path string) policy.Pos) (mistakes policy.Error
 		}
 	}
 	return mistakes
+}
+
+// checkIdentity finds settings about who asks that need others.
+func (p *Proxy) checkIdentity(wrong func(path, format string, args ...any)) {
+	if p.Auth.Required && p.Auth.Htpasswd == "" {
+		wrong("proxy.auth.required", "nobody could pass: there are no users; write proxy.auth.htpasswd too, or false")
+	}
+	if p.TLS.RequireClient && p.TLS.ClientCA == "" {
+		wrong("proxy.tls.require_client_certificate", "no authority is known that could sign one; write proxy.tls.client_ca too, or false")
+	}
+	if len(p.TLSListen) > 0 && (p.TLS.Certificate == "" || p.TLS.Key == "") {
+		wrong("proxy.tls_listen", "TLS needs a certificate; write proxy.tls.certificate and proxy.tls.key, or []")
+	}
 }
 
 // check finds out whether the value fits the type, and brings it into one spelling.

@@ -23,6 +23,9 @@ proxy:
   listen: ["127.0.0.1:3128"]
   help_url: ""
   proxy_protocol: {trusted: []}
+  auth: {htpasswd: "", realm: sallyport, required: false}
+  tls_listen: []
+  tls: {certificate: "", key: "", client_ca: "", require_client_certificate: false, user_from: san, min_version: "1.2"}
   timeouts: {connect: 10s, client_hello: 10s, request_header: 10s, idle: 10m, drain: 30s}
   limits: {tunnels: 0, tunnels_per_source: 0, client_hello_bytes: 16384, header_bytes: 65536}
   parent: ""
@@ -42,7 +45,11 @@ dns:
   https_records: strip_ech
   cnames: trust
   edns_size: 1232
-  cache: {size: 64MiB, min_ttl: 0s, max_ttl: 24h, serve_stale: 1h}
+  upstream_mode: sequential
+  case_randomisation: false
+  health_name: ""
+  search_domains: []
+  cache: {size: 64MiB, min_ttl: 0s, max_ttl: 24h, serve_stale: 1h, prefetch: false}
 admin: {listen: "127.0.0.1:9128"}
 policy: {source: embedded}
 log: {format: json, output: stdout, level: info}
@@ -110,6 +117,9 @@ func TestDefaults(t *testing.T) {
 		Proxy: Proxy{
 			Listen:        []string{"127.0.0.1:3128"},
 			ProxyProtocol: ProxyProtocol{Trusted: []netip.Prefix{}},
+			Auth:          Auth{Realm: "sallyport"},
+			TLSListen:     []string{},
+			TLS:           TLS{UserFrom: "san", MinVersion: "1.2"},
 			Timeouts:      Timeouts{10 * time.Second, 10 * time.Second, 10 * time.Second, 10 * time.Minute, 30 * time.Second},
 			Limits:        Limits{ClientHelloBytes: 16384, HeaderBytes: 65536},
 			ParentTarget:  "name", ParentResolves: []string{}, SourceAddress: []netip.Addr{}, Groups: []ProxyGroup{}, PAC: PAC{Direct: []string{}},
@@ -117,6 +127,7 @@ func TestDefaults(t *testing.T) {
 		DNS: DNS{
 			Listen: []string{"127.0.0.1:1053"}, Upstreams: []string{}, Zones: []Zone{}, Records: []Record{},
 			HostsFile: "/etc/hosts", Deny: "refused", HTTPSRecords: "strip_ech", CNAMEs: "trust", EDNSSize: 1232,
+			UpstreamMode: "sequential", SearchDomains: []string{},
 			Cache: Cache{Size: 64 << 20, MaxTTL: 24 * time.Hour, ServeStale: time.Hour},
 		},
 		Admin:  Admin{Listen: "127.0.0.1:9128"},
@@ -192,15 +203,23 @@ func TestPrecedence(t *testing.T) {
 func TestEveryKeyEverywhere(t *testing.T) {
 	values := map[string]string{
 		"node": "gate-2", "proxy.listen": ":1", "proxy.help_url": "mailto:net@corp.example", "proxy.proxy_protocol.trusted": "10.0.0.0/8",
-		"dns.listen": ":2", "dns.upstreams": "192.0.2.1", "dns.zones": `[{"zone": "corp.example", "upstreams": ["10.0.0.53"]}]`,
+		"dns.listen": ":2", "dns.upstreams": "192.0.2.1", "dns.zones": `[{"zone": "corp.example", "upstreams": ["10.0.0.53"], "private_destinations": ["10.0.0.0/8"]}]`,
 		"dns.records":    "[{name: a.example, type: TXT, value: hello}]",
 		"dns.hosts_file": "hosts", "dns.deny": "nodata", "dns.https_records": "pass", "dns.cnames": "inspect",
+		"dns.upstream_mode": "fastest", "dns.health_name": "health.example", "dns.search_domains": "cluster.local",
 		"dns.edns_size": "512", "dns.cache.min_ttl": "1s", "admin.listen": ":3", "policy.source": "p.yaml",
 		"log.format": "squid", "log.output": "stderr", "log.level": "debug", "log.dns": "sample",
 		"proxy.limits.client_hello_bytes": "1KiB", "proxy.limits.header_bytes": "1KiB", "proxy.limits.url_bytes": "1KiB",
 		"proxy.parent": "http://192.0.2.1:3128", "proxy.parent_target": "address", "proxy.parent_resolves": ".corp.example",
 		"proxy.source_address": "192.0.2.7, 2001:db8::7", "proxy.groups": "[{group: a, parent: direct, source_address: [192.0.2.8]}]",
-		"proxy.pac.direct": "10.0.0.0/8",
+		"proxy.pac.direct":    "10.0.0.0/8",
+		"proxy.auth.htpasswd": "users", "proxy.auth.realm": "corp", "proxy.auth.required": "false", "proxy.tls_listen": "[]",
+		"proxy.tls.certificate": "c.pem", "proxy.tls.key": "k.pem", "proxy.tls.client_ca": "ca.pem",
+		"proxy.tls.require_client_certificate": "false", "proxy.tls.user_from": "cn", "proxy.tls.min_version": "1.3",
+	}
+	alone := map[string]bool{ // keys that nothing but their default can stand for alone
+		"proxy.auth.required": true, "proxy.tls_listen": true,
+		"proxy.tls.require_client_certificate": true,
 	}
 	def := mustLoad(t, "", LoadOptions{})
 	seen := map[string]string{}
@@ -210,6 +229,8 @@ func TestEveryKeyEverywhere(t *testing.T) {
 		case ok:
 		case f.kindName == "duration":
 			value = "3s"
+		case f.kindName == "bool":
+			value = "true"
 		default:
 			value = "7"
 		}
@@ -218,7 +239,7 @@ func TestEveryKeyEverywhere(t *testing.T) {
 		if !reflect.DeepEqual(env, set) {
 			t.Errorf("%s=%s and --set %s=%s differ", f.env(), value, f.path, value)
 		}
-		if reflect.DeepEqual(env, def) {
+		if reflect.DeepEqual(env, def) && !alone[f.path] {
 			t.Errorf("%s=%s changes nothing", f.env(), value)
 		}
 		if other, ok := seen[f.env()]; ok {
@@ -251,7 +272,7 @@ SALLYPORT_DNS_RECORDS:1:1: not YAML: did not find expected node content; look fo
 SALLYPORT_DNS_LISTEN: dns.listen[1]: "53" is a port alone; write ":53" for every address of this machine or "127.0.0.1:53" for loopback
 --log-level: log.level: "verbose" is unknown; write one of debug, info, warn, error
 --set proxy.lisen: no such setting; did you mean proxy.listen?
---set dns.cache: dns.cache: a section, not a value; set one of its keys: size, min_ttl, max_ttl, serve_stale
+--set dns.cache: dns.cache: a section, not a value; set one of its keys: size, min_ttl, max_ttl, serve_stale, prefetch
 --set dns.zones.zone: no such setting; sallyport schema settings lists them
 --policy: policy.source: empty; write the path of a policy file, or "embedded" for the starter policy`
 	if err == nil || err.Error() != want {
@@ -398,4 +419,38 @@ func FuzzLoad(f *testing.F) {
 		}
 		s.check(origin([]*layer{def, l}))
 	})
+}
+
+func TestWhoAsks(t *testing.T) {
+	s := mustLoad(t, `
+proxy:
+  auth: {htpasswd: users, required: true}
+  tls_listen: [":3129"]
+  tls: {certificate: c.pem, key: /k.pem, client_ca: ca.pem, require_client_certificate: true, min_version: 1.3}
+`, LoadOptions{})
+	dir := filepath.Dir(s.File)
+	if a := s.Proxy.Auth; a.Htpasswd != filepath.Join(dir, "users") || !a.Required || a.Realm != "sallyport" {
+		t.Errorf("auth = %+v", a)
+	}
+	if c := s.Proxy.TLS; c.Certificate != filepath.Join(dir, "c.pem") || c.Key != "/k.pem" || !c.RequireClient || c.MinVersion != "1.3" || c.UserFrom != "san" {
+		t.Errorf("tls = %+v", c)
+	}
+	_, _, err := load(t, `
+proxy:
+  auth: {required: true, realm: 'a "quoted" one'}
+  tls_listen: ["127.0.0.1:3128"]
+  tls: {require_client_certificate: yes, min_version: "1.1", certificate: c.pem}
+`, LoadOptions{})
+	for _, want := range []string{
+		`:3:20: proxy.auth.required: nobody could pass`,
+		`:3:33: proxy.auth.realm: "a \"quoted\" one" is not a realm`,
+		`:4:15: proxy.tls_listen: TLS needs a certificate`,
+		`:4:16: proxy.tls_listen[0]: "127.0.0.1:3128" is taken by proxy.listen[0] already`,
+		`:5:37: proxy.tls.require_client_certificate: "yes" is neither true nor false; write one of them`,
+		`proxy.tls.min_version: "1.1" is unknown`,
+	} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("the mistakes lack %q:\n%v", want, err)
+		}
+	}
 }

@@ -39,6 +39,9 @@ type Proxy struct {
 	Listen        []string      `yaml:"listen" kind:"listen" doc:"Addresses to listen on, host:port. No host: every address of this machine. []: no proxy. Port 0: any free port."`
 	HelpURL       string        `yaml:"help_url" kind:"url" doc:"Shown to a refused client: where to ask for access (https:, http: or mailto:). Empty: nothing is shown."`
 	ProxyProtocol ProxyProtocol `yaml:"proxy_protocol" doc:"PROXY protocol from load balancers in front of the proxy."`
+	Auth          Auth          `yaml:"auth" doc:"Credentials of clients: who asks, beyond the address."`
+	TLSListen     []string      `yaml:"tls_listen" kind:"listen" doc:"Addresses where clients speak TLS to the proxy, with HTTP/1.1 or HTTP/2, host:port. Needs tls.certificate and tls.key. []: none."`
+	TLS           TLS           `yaml:"tls" doc:"The TLS of tls_listen, and client certificates."`
 	Timeouts      Timeouts      `yaml:"timeouts" doc:"How long the proxy waits."`
 	Limits        Limits        `yaml:"limits" doc:"How much the proxy takes on."`
 
@@ -69,6 +72,23 @@ type ProxyProtocol struct {
 	Trusted []netip.Prefix `yaml:"trusted" kind:"prefix" doc:"Load balancers, as prefixes. Every connection from them must begin with a PROXY protocol header, version 1 or 2, whose source is then who asks. From anyone else such a header closes the connection."`
 }
 
+// Auth says how clients prove by a password who they are.
+type Auth struct {
+	Htpasswd string `yaml:"htpasswd" kind:"path" doc:"File of users and bcrypt hashes, as htpasswd -B writes it; relative to this file. Empty: Proxy-Authorization is not looked at, and never forwarded."`
+	Realm    string `yaml:"realm" kind:"realm" doc:"Shown to people who are asked for a password."`
+	Required bool   `yaml:"required" kind:"bool" doc:"Nobody passes without a password or a client certificate. false: credentials are asked for where the source has no group and the policy lists users."`
+}
+
+// TLS holds the certificate of the TLS listeners and what they want of clients.
+type TLS struct {
+	Certificate   string `yaml:"certificate" kind:"path" doc:"PEM file of the listener's certificate and the chain to its authority; relative to this file. Read again when it changes."`
+	Key           string `yaml:"key" kind:"path" doc:"PEM file of the certificate's key; relative to this file."`
+	ClientCA      string `yaml:"client_ca" kind:"path" doc:"PEM file of the authorities that sign client certificates; relative to this file. Empty: clients are asked for none. Revocation is not looked at."`
+	RequireClient bool   `yaml:"require_client_certificate" kind:"bool" doc:"No connection without a client certificate. false: it is taken if there is one."`
+	UserFrom      string `yaml:"user_from" kind:"enum" enum:"san cn" doc:"What in a client certificate names the user. san: the first mail address, or else the first DNS name, of subjectAltName. cn: the common name of the subject."`
+	MinVersion    string `yaml:"min_version" kind:"enum" enum:"1.2 1.3" doc:"Lowest TLS version of the listener. What clients speak inside a CONNECT is the policy's to say."`
+}
+
 // Timeouts bound each stage of a connection.
 type Timeouts struct {
 	Connect       time.Duration `yaml:"connect" kind:"duration" min:"1ms" max:"1h" doc:"To resolve a name and connect to it. Longer: a 504."`
@@ -94,22 +114,27 @@ type Limits struct {
 
 // DNS holds the settings of the resolver.
 type DNS struct {
-	Listen       []string `yaml:"listen" kind:"listen" doc:"Addresses to listen on, host:port, UDP and TCP. []: no resolver for clients; the proxy still resolves by these settings."`
-	Upstreams    []string `yaml:"upstreams" kind:"upstream" doc:"Resolvers to forward to: an address or udp://address:port (then TCP if truncated), tcp://address:port, tls://host#name or https://host/path#name, where #name is the name in the certificate of a host given as an address. []: those of this machine (/etc/resolv.conf)."`
-	Zones        []Zone   `yaml:"zones" doc:"Conditional forwarding: names below a zone go to the zone's own upstreams."`
-	Records      []Record `yaml:"records" doc:"Records answered here, before any upstream is asked."`
-	HostsFile    string   `yaml:"hosts_file" kind:"path" doc:"A hosts file, answered before any upstream, for proxy and resolver alike. Empty: none."`
-	Deny         string   `yaml:"deny" kind:"enum" enum:"refused nxdomain nodata sinkhole" doc:"What a refused query is answered with."`
-	HTTPSRecords string   `yaml:"https_records" kind:"enum" enum:"pass strip_ech nodata" doc:"HTTPS and SVCB answers: as they are, without ech (so that clients send a readable SNI), or none."`
-	CNAMEs       string   `yaml:"cnames" kind:"enum" enum:"trust inspect" doc:"The names that an allowed name is an alias of: answered whole, or each decided too."`
-	EDNSSize     int      `yaml:"edns_size" kind:"size" min:"512" max:"4096" doc:"Largest UDP message offered and sent, in bytes (RFC 6891). Above 1232 answers may be fragmented."`
-	Cache        Cache    `yaml:"cache" doc:"Answers kept."`
+	Listen            []string `yaml:"listen" kind:"listen" doc:"Addresses to listen on, host:port, UDP and TCP. []: no resolver for clients; the proxy still resolves by these settings."`
+	Upstreams         []string `yaml:"upstreams" kind:"upstream" doc:"Resolvers to forward to: an address or udp://address:port (then TCP if truncated), tcp://address:port, tls://host#name or https://host/path#name, where #name is the name in the certificate of a host given as an address. []: those of this machine (/etc/resolv.conf)."`
+	UpstreamMode      string   `yaml:"upstream_mode" kind:"enum" enum:"sequential fastest" doc:"Which of several resolvers is asked first: in the order they are listed, or the one that answers fastest. Those that fail come last either way."`
+	Zones             []Zone   `yaml:"zones" doc:"Conditional forwarding: names below a zone go to the zone's own upstreams."`
+	Records           []Record `yaml:"records" doc:"Records answered here, before any upstream is asked."`
+	HostsFile         string   `yaml:"hosts_file" kind:"path" doc:"A hosts file, answered before any upstream, for proxy and resolver alike. Empty: none."`
+	Deny              string   `yaml:"deny" kind:"enum" enum:"refused nxdomain nodata sinkhole" doc:"What a refused query is answered with."`
+	HTTPSRecords      string   `yaml:"https_records" kind:"enum" enum:"pass strip_ech nodata" doc:"HTTPS and SVCB answers: as they are, without ech (so that clients send a readable SNI), or none."`
+	CNAMEs            string   `yaml:"cnames" kind:"enum" enum:"trust inspect" doc:"The names that an allowed name is an alias of: answered whole, or each decided too."`
+	EDNSSize          int      `yaml:"edns_size" kind:"size" min:"512" max:"4096" doc:"Largest UDP message offered and sent, in bytes (RFC 6891). Above 1232 answers may be fragmented."`
+	CaseRandomisation bool     `yaml:"case_randomisation" kind:"bool" doc:"Send names over UDP with letters in random case, and ignore answers that do not repeat it: forged answers are rarer still. Resolvers that do not keep the case are not heard then."`
+	HealthName        string   `yaml:"health_name" kind:"opt_name" doc:"A name that is answered to everybody, whatever the policy and the upstreams say: A 127.0.0.1, AAAA ::1, TXT ok. Empty: none."`
+	SearchDomains     []string `yaml:"search_domains" kind:"name" doc:"Suffixes that clients append while they search, such as cluster.local: unlisted names below them are answered NXDOMAIN, whatever dns.deny says."`
+	Cache             Cache    `yaml:"cache" doc:"Answers kept."`
 }
 
 // A Zone forwards the names below it to upstreams of its own.
 type Zone struct {
-	Zone      string   `yaml:"zone" kind:"name" required:"true" doc:"The zone: this name and every name below it."`
-	Upstreams []string `yaml:"upstreams" kind:"upstream" required:"true" doc:"The zone's resolvers, written as dns.upstreams."`
+	Zone                string         `yaml:"zone" kind:"name" required:"true" doc:"The zone: this name and every name below it."`
+	Upstreams           []string       `yaml:"upstreams" kind:"upstream" required:"true" doc:"The zone's resolvers, written as dns.upstreams."`
+	PrivateDestinations []netip.Prefix `yaml:"private_destinations" kind:"prefix" doc:"Private addresses that allowed names of the zone may lead to, where no rule of the policy says so. []: none."`
 }
 
 // A Record is answered by the resolver itself.
@@ -126,6 +151,7 @@ type Cache struct {
 	MinTTL     time.Duration `yaml:"min_ttl" kind:"duration" max:"24h" doc:"Answers with a shorter TTL are kept this long."`
 	MaxTTL     time.Duration `yaml:"max_ttl" kind:"duration" min:"1s" max:"7d" doc:"Answers with a longer TTL are kept this long."`
 	ServeStale time.Duration `yaml:"serve_stale" kind:"duration" max:"7d" doc:"While no upstream answers, expired answers are used for so long (RFC 8767). 0s: never."`
+	Prefetch   bool          `yaml:"prefetch" kind:"bool" doc:"Ask again for an answer in use shortly before it expires, so that no client waits."`
 }
 
 // Admin holds the settings of the admin server.

@@ -9,6 +9,7 @@ package metrics
 import (
 	"net/http"
 	"runtime"
+	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -28,6 +29,20 @@ type ResolverStats struct {
 	Dropped      uint64 // queries and connections dropped because too many were under way
 	Malformed    uint64 // packets that are no query to answer
 	Failures     uint64 // exchanges with upstreams that ended without an answer
+	Ignored      uint64 // packets from upstreams that answer no query under way
+	Prefetched   uint64 // questions asked because an answer in use was about to expire
+	Upstreams    []UpstreamStats
+}
+
+// UpstreamStats are one upstream's numbers. Zone, Index and Upstream tell it from all others.
+type UpstreamStats struct {
+	Zone     string // "" for the general ones
+	Index    int    // in their list
+	Upstream string // its address, as configured
+	Up       bool
+	RTT      time.Duration // 0: not known
+	Queries  uint64        // exchanges begun
+	Failures uint64        // of these, those that ended without an answer
 }
 
 // ProxyStats are the proxy's numbers.
@@ -133,14 +148,14 @@ const other = "other"
 const verdicts = 3
 
 var (
-	listeners = [...]string{"proxy", "dns", "transparent"}
+	listeners = [...]string{"proxy", "proxy_tls", "dns", "transparent"}
 	qtypes    = [...]string{"A", "AAAA", "HTTPS", "SVCB", "CNAME", "TXT", "SRV", "MX", "NS", "SOA", "PTR", "CAA",
 		"DS", "DNSKEY", "NAPTR", "TLSA", "SSHFP", "URI", "NULL", "ANY", "AXFR", "IXFR"}
 	rcodes = [...]string{"NOERROR", "FORMERR", "SERVFAIL", "NXDOMAIN", "NOTIMP", "REFUSED", "BADVERS"}
 )
 
 // listenerDNS is the resolver's index in listeners.
-const listenerDNS = 1
+var listenerDNS = indexOf(listeners[:], "dns")
 
 // qtypeIndex and rcodeIndex say where in qtypes and rcodes the number of a type and
 // of a response code stands (IANA's DNS parameters).
@@ -244,6 +259,11 @@ var (
 	dnsDroppedDesc = desc("dns_dropped_total", "Queries and connections dropped because too many were under way.")
 	malformedDesc  = desc("dns_malformed_total", "Packets that are no query to answer.")
 	failuresDesc   = desc("dns_upstream_failures_total", "Exchanges with upstreams that ended without an answer.")
+	ignoredDesc    = desc("dns_upstream_ignored_total", "Packets from upstreams' addresses that answer no query under way: forged, or too late.")
+	prefetchDesc   = desc("dns_prefetch_total", "Questions asked because an answer in use was about to expire.")
+	upDesc         = desc("dns_upstream_up", "Whether an upstream answered lately, or has not been asked yet.", "zone", "index", "upstream")
+	rttDesc        = desc("dns_upstream_rtt_seconds", "Smoothed time of an exchange with an upstream.", "zone", "index", "upstream")
+	exchangesDesc  = desc("dns_upstream_exchanges_total", "Exchanges with an upstream.", "zone", "index", "upstream", "result")
 	policyDesc     = desc("policy_info", "The policy in force, always 1.", "revision")
 	reloadDesc     = desc("policy_last_reload_success", "Whether the last attempt to load a policy succeeded.")
 	reloadAtDesc   = desc("policy_last_reload_timestamp_seconds", "When a policy was last loaded or refused, in Unix time.")
@@ -262,6 +282,7 @@ type collector struct{ m *Metrics }
 // Describe implements prometheus.Collector.
 func (collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{decisionsDesc, tunnelsDesc, bytesDesc, acceptErrDesc, acceptStopDesc, queriesDesc, cacheDesc, dnsDroppedDesc, malformedDesc, failuresDesc,
+		ignoredDesc, prefetchDesc, upDesc, rttDesc, exchangesDesc,
 		policyDesc, reloadDesc, reloadAtDesc, droppedDesc, buildDesc} {
 		ch <- d
 	}
@@ -306,11 +327,33 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		counter(dnsDroppedDesc, s.Dropped)
 		counter(malformedDesc, s.Malformed)
 		counter(failuresDesc, s.Failures)
+		counter(ignoredDesc, s.Ignored)
+		counter(prefetchDesc, s.Prefetched)
+		for _, u := range s.Upstreams {
+			u.collect(counter, gauge)
+		}
 	}
 	if o.LogDropped != nil {
 		counter(droppedDesc, o.LogDropped())
 	}
 	gauge(buildDesc, 1, o.Version, o.Revision, runtime.Version())
+}
+
+// collect emits what there is to say about an upstream. Its labels come from the
+// settings, or from resolv.conf.
+func (u UpstreamStats) collect(counter emit, gauge func(*prometheus.Desc, float64, ...string)) {
+	labels := []string{u.Zone, strconv.Itoa(u.Index), u.Upstream}
+	up := 0.0
+	if u.Up {
+		up = 1
+	}
+	gauge(upDesc, up, labels...)
+	if u.RTT > 0 {
+		gauge(rttDesc, u.RTT.Seconds(), labels...)
+	}
+	failed := min(u.Failures, u.Queries)
+	counter(exchangesDesc, u.Queries-failed, append(labels, "answered")...)
+	counter(exchangesDesc, failed, append(labels, "failed")...)
 }
 
 type emit func(d *prometheus.Desc, n uint64, labels ...string)
