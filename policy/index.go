@@ -108,7 +108,7 @@ type nameIndex struct {
 	slots []slot
 	used  int
 	arena []byte
-	depth [2]uint64         // bit n: some fixed part has n labels; others need no probe
+	depth [128]uint64       // by number of labels: which six bits the hashes of fixed parts begin with; others need no probe
 	root  uint32            // offset of the record of the root, or 0
 	globs map[uint32][]glob // by offset of the record of the fixed part
 }
@@ -219,7 +219,7 @@ func (x *nameIndex) insert(name string) (uint32, error) {
 		x.root = off
 	} else {
 		n := strings.Count(name, ".") + 1
-		x.depth[n/64] |= 1 << (n % 64)
+		x.depth[n] |= 1 << (h >> 58)
 	}
 	x.place(slot{uint32(h >> 32), off})
 	x.used++
@@ -310,7 +310,7 @@ func (x *nameIndex) match(name string, e *eval, r *Request) {
 	for end, n := len(name), 1; end > 0; n++ {
 		i := strings.LastIndexByte(name[:end], '.') + 1
 		h = extend(h, name[i:end])
-		if x.depth[n/64]>>(n%64)&1 != 0 {
+		if x.depth[n&127]>>(h>>58)&1 != 0 {
 			if off := x.find(name[i:], h); off != 0 {
 				x.visit(name, i, off, e, r)
 			}

@@ -119,8 +119,7 @@ func (x *nameIndex) matchWire(n *WireName, e *eval, r *Request) {
 	h := x.seed
 	for i := n.labels - 1; i >= 0; i-- {
 		h = extend(h, n.label(i))
-		depth := n.labels - i
-		if x.depth[depth/64]>>(depth%64)&1 != 0 {
+		if x.depth[(n.labels-i)&127]>>(h>>58)&1 != 0 {
 			if off := x.findWire(n, i, h); off != 0 {
 				x.visitWire(n, i, off, e, r)
 			}
