@@ -60,23 +60,43 @@ type family struct {
 
 // families returns the addresses of name of each type, in that order.
 func (r *Resolver) families(ctx context.Context, name policy.Name, qtypes []uint16) ([]netip.Addr, *net.DNSError) {
+	found := make([]family, len(qtypes))
+	unknown := 0
+	for i, t := range qtypes {
+		if rep, _, _ := r.known(key{name: name, qtype: t}); rep != nil && rep.next.IsZero() {
+			found[i] = addresses(i, rep, nil)
+		} else {
+			found[i].err = errUnknown
+			unknown++
+		}
+	}
+	if unknown == 0 { // as for nearly every connection
+		return merge(found)
+	}
+	return r.ask(ctx, name, qtypes, found)
+}
+
+// errUnknown marks a family that has to be asked for.
+var errUnknown = &net.DNSError{}
+
+// ask asks for the families of found that are not known, all at once.
+func (r *Resolver) ask(ctx context.Context, name policy.Name, qtypes []uint16, found []family) ([]netip.Addr, *net.DNSError) {
 	ctx, cancel := context.WithCancel(ctx)
 	var asking sync.WaitGroup
 	defer asking.Wait() // not for long: everything returns when ctx is cancelled
 	defer cancel()
 	results := make(chan family, len(qtypes))
 	for i, t := range qtypes {
-		k := key{name: name, qtype: t}
-		if rep, _, _ := r.known(k); rep != nil && rep.next.IsZero() {
-			results <- addresses(i, rep, nil)
+		if found[i].err != errUnknown {
+			results <- found[i]
 			continue
 		}
+		found[i].err = nil
 		asking.Go(func() {
-			rep, err := r.resolve(ctx, k, nil)
+			rep, err := r.resolve(ctx, key{name: name, qtype: t}, nil)
 			results <- addresses(i, rep, err)
 		})
 	}
-	found := make([]family, len(qtypes))
 	var delay <-chan time.Time
 	for range qtypes {
 		select {

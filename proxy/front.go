@@ -30,7 +30,6 @@ func (p *pending) closeUnused() {
 
 // serveConn serves a connection until it is somebody else's: a tunnel's or net/http's.
 func (s *Server) serveConn(conn net.Conn) {
-	defer s.wg.Done()
 	defer s.recovered(conn)
 	p := s.enter(conn, false)
 	defer s.descriptors.release()

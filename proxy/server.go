@@ -163,6 +163,7 @@ type Server struct {
 	ids              atomic.Uint64
 	httpConns        atomic.Int64 // connections that net/http serves, but for sessions
 	httpUp, httpDown atomic.Int64 // bytes of bodies outside sessions
+	waiting          atomic.Int64 // goroutines in work without a connection
 	acceptErrors     atomic.Uint64
 	panics           atomic.Uint64
 }
@@ -303,12 +304,35 @@ func (s *Server) serveHTTP() {
 	s.http.Serve(s.handOff) // ends with ErrServerClosed, at Shutdown
 }
 
-// accept accepts until l is closed, and has serve called in a goroutine for each
-// connection. Other failures pass, and are waited for, and so is a lack of
+// maxSpare bounds the goroutines that wait for another connection to serve.
+const maxSpare = 64
+
+// work serves conn, and then others that come in by next. A new goroutine for each
+// connection would have to grow its stack, several times, to what serving one takes.
+func (s *Server) work(conn net.Conn, serve func(net.Conn), next <-chan net.Conn) {
+	defer s.wg.Done()
+	for {
+		serve(conn)
+		if s.waiting.Add(1) > maxSpare {
+			s.waiting.Add(-1)
+			return
+		}
+		select {
+		case conn = <-next:
+			s.waiting.Add(-1)
+		case <-s.quit:
+			return
+		}
+	}
+}
+
+// accept accepts until l is closed, and has each connection served in a goroutine
+// that has nothing else to do. Other failures pass, and are waited for, and so is a lack of
 // descriptors.
 func (s *Server) accept(l net.Listener, serve func(net.Conn)) {
 	defer s.wg.Done()
 	look := newLookout(s.descriptors)
+	next := make(chan net.Conn)
 	pause := minPause
 	for {
 		conn, err := l.Accept()
@@ -319,8 +343,12 @@ func (s *Server) accept(l net.Listener, serve func(net.Conn)) {
 			if recovered {
 				s.cfg.Logger.Info().Str("listener", listener).Msg("connections are accepted without a pause again")
 			}
-			s.wg.Add(1)
-			go serve(conn)
+			select {
+			case next <- conn: // somebody is waiting
+			default:
+				s.wg.Add(1)
+				go s.work(conn, serve, next)
+			}
 			if enough {
 				continue
 			}

@@ -172,7 +172,6 @@ func abort(conn net.Conn) {
 
 // serveTLSConn serves a connection of a TLS listener until it is somebody else's.
 func (s *Server) serveTLSConn(conn net.Conn) {
-	defer s.wg.Done()
 	defer s.recovered(conn)
 	defer s.descriptors.release()
 	first := s.enter(conn, false) // whoever has not finished the handshake has asked for nothing
