@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
@@ -97,7 +98,20 @@ func (g *gate) reloadPolicy() error {
 		g.store.Swap(p)
 	}
 	g.keep()
+	tidy(p)
 	return nil
+}
+
+// largePolicy is a number of names from which on it is worth to collect at once what
+// compiling them took, and the policy before, and to give the memory back: otherwise
+// that waits until the heap has doubled.
+const largePolicy = 50_000
+
+// tidy frees what loading p has left behind.
+func tidy(p *policy.Policy) {
+	if p.Names() >= largePolicy {
+		debug.FreeOSMemory()
+	}
 }
 
 // keep copies the policy that was just loaded for a start without its source.
@@ -121,6 +135,7 @@ func (g *gate) first(p *policy.Policy, err error) error {
 		g.status.loaded(p.Revision(), now)
 		g.metrics.SetReload(true, now)
 		g.keep()
+		tidy(p)
 		return nil
 	}
 	_, mistakes := errors.AsType[policy.Errors](err)
