@@ -259,6 +259,7 @@ func (c *connect) sawTLS(hello *clienthello.Hello) *refusal {
 	alpn := hello.ALPN()
 	c.ev.SNI, c.ev.ALPN, c.ev.ECH = hello.ServerName, alpn[:min(len(alpn), maxALPN)], hello.ECH
 	c.ev.TLSVersion, c.ev.JA4 = hello.MaxVersion, hello.JA4()
+	c.ev.PostQuantum = hello.PostQuantum
 	c.request.TLS = policy.TLS{Seen: true, MaxVersion: hello.MaxVersion, ECH: hello.ECH}
 	if hello.ServerName != "" {
 		sni, err := policy.ParseName(hello.ServerName)

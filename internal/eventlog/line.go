@@ -136,6 +136,7 @@ func hello(e *zerolog.Event, ev *event.Event) {
 	list(e, "alpn", ev.ALPN, maxALPNs, maxALPN)
 	if ev.TLSVersion != 0 || ev.ECH {
 		e.Bool("ech", ev.ECH)
+		e.Bool("post_quantum", ev.PostQuantum)
 	}
 	switch v := ev.TLSVersion; {
 	case v == 0:

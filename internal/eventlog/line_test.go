@@ -29,7 +29,7 @@ func tunnel() *event.Event {
 	return &event.Event{
 		Time: when, Kind: event.Connect, ID: "8f3a", Source: client, Listener: "proxy", Method: "CONNECT",
 		Name: "api.github.com", Port: 443, Decision: passed, SNI: "api.github.com", ALPN: []string{"h2", "http/1.1"},
-		TLSVersion: 0x0304, JA4: "t13d1516h2_8daaf6152771_e5627efa2ab1", Destination: origin, Status: 200, BytesUp: 1234, BytesDown: 56789,
+		TLSVersion: 0x0304, PostQuantum: true, JA4: "t13d1516h2_8daaf6152771_e5627efa2ab1", Destination: origin, Status: 200, BytesUp: 1234, BytesDown: 56789,
 		Duration: 1234567 * time.Microsecond, DNSTime: 1500 * time.Microsecond, ConnTime: 20 * time.Millisecond, User: "alice", UserAgent: "curl/8.14.1",
 	}
 }
@@ -57,10 +57,10 @@ func TestJSON(t *testing.T) {
 	unknown := &event.Event{Time: when, Kind: event.Connect, ID: "4", Source: client, Listener: "proxy", Method: "CONNECT", Name: "a.example", Port: 22, Decision: policy.Decision{Reason: policy.ReasonUnmatchedSource, Revision: "r1"}, TLSVersion: 0x7f1c, ECH: true, Error: "dial tcp: refused"}
 	reload := &event.Event{Time: when, Kind: event.Config, Name: "policy", Decision: policy.Decision{Revision: "r2"}}
 	failed := &event.Event{Time: when, Kind: event.Config, Name: "policy", Decision: policy.Decision{Revision: "r2"}, Error: "policy.yaml:1:1: bad\npolicy.yaml:2:1: worse"}
-	want := `{"time":"2026-03-04T04:06:07.089Z","event":"connect","id":"8f3a","node":"gate-1","src":"10.20.1.5","src_port":50123,"group":"ci","mode":"enforce","listener":"proxy","method":"CONNECT","name":"api.github.com","port":443,"sni":"api.github.com","alpn":["h2","http/1.1"],"ech":false,"tls_version":"1.3","ja4":"t13d1516h2_8daaf6152771_e5627efa2ab1","verdict":"allow","reason":"matched","rule":"github","policy":"r1","dst":"203.0.113.7","status":200,"bytes_up":1234,"bytes_down":56789,"duration_ms":1234.567,"dns_ms":1.5,"connect_ms":20,"user":"alice","user_agent":"curl/8.14.1"}
+	want := `{"time":"2026-03-04T04:06:07.089Z","event":"connect","id":"8f3a","node":"gate-1","src":"10.20.1.5","src_port":50123,"group":"ci","mode":"enforce","listener":"proxy","method":"CONNECT","name":"api.github.com","port":443,"sni":"api.github.com","alpn":["h2","http/1.1"],"ech":false,"post_quantum":true,"tls_version":"1.3","ja4":"t13d1516h2_8daaf6152771_e5627efa2ab1","verdict":"allow","reason":"matched","rule":"github","policy":"r1","dst":"203.0.113.7","status":200,"bytes_up":1234,"bytes_down":56789,"duration_ms":1234.567,"dns_ms":1.5,"connect_ms":20,"user":"alice","user_agent":"curl/8.14.1"}
 {"time":"2026-03-04T04:06:07.089Z","event":"http","id":"2","node":"gate-1","src":"2001:db8::5","src_port":9,"vpc_endpoint":"vpce-08d2","group":"ci","mode":"enforce","listener":"proxy","method":"GET","name":"evil.example","port":80,"verdict":"deny","reason":"not_listed","policy":"r1","status":403,"bytes_up":0,"bytes_down":0,"duration_ms":0}
 {"time":"2026-03-04T04:06:07.089Z","event":"dns","id":"3","node":"gate-1","src":"10.20.1.5","src_port":50123,"group":"ci","mode":"enforce","listener":"dns","name":"api.github.com","verdict":"allow","reason":"matched","rule":"github","policy":"r1","qtype":"A","rcode":"NOERROR","answers":["203.0.113.7","x.example"],"duration_ms":1}
-{"time":"2026-03-04T04:06:07.089Z","event":"connect","id":"4","node":"gate-1","src":"10.20.1.5","src_port":50123,"listener":"proxy","method":"CONNECT","name":"a.example","port":22,"ech":true,"tls_version":"0x7f1c","verdict":"deny","reason":"unmatched_source","policy":"r1","bytes_up":0,"bytes_down":0,"duration_ms":0,"error":"dial tcp: refused"}
+{"time":"2026-03-04T04:06:07.089Z","event":"connect","id":"4","node":"gate-1","src":"10.20.1.5","src_port":50123,"listener":"proxy","method":"CONNECT","name":"a.example","port":22,"ech":true,"post_quantum":false,"tls_version":"0x7f1c","verdict":"deny","reason":"unmatched_source","policy":"r1","bytes_up":0,"bytes_down":0,"duration_ms":0,"error":"dial tcp: refused"}
 {"time":"2026-03-04T04:06:07.089Z","event":"config","node":"gate-1","what":"policy","ok":true,"policy":"r2"}
 {"time":"2026-03-04T04:06:07.089Z","event":"config","node":"gate-1","what":"policy","ok":false,"policy":"r2","error":"policy.yaml:1:1: bad\u000apolicy.yaml:2:1: worse"}
 `

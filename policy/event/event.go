@@ -40,11 +40,13 @@ type Event struct {
 
 	VPCEndpoint string // AWS VPC endpoint that the client came through, as a load balancer tells it, or ""
 
-	SNI        string   // server_name of the ClientHello
-	ALPN       []string // protocols offered (RFC 7301)
-	ECH        bool     // Encrypted ClientHello offered
-	TLSVersion uint16   // highest TLS version offered; 0 if none seen
-	JA4        string   // fingerprint of the ClientHello, or ""
+	SNI  string   // server_name of the ClientHello
+	ALPN []string // protocols offered (RFC 7301)
+	ECH  bool     // Encrypted ClientHello offered
+	// PostQuantum says that the ClientHello has a post-quantum key share.
+	PostQuantum bool
+	TLSVersion  uint16 // highest TLS version offered; 0 if none seen
+	JA4         string // fingerprint of the ClientHello, or ""
 
 	Destination netip.AddrPort // address dialled; with a Parent its address; zero if none
 	Parent      string         // host:port of the proxy it went through, or ""
