@@ -305,7 +305,7 @@ func (s *Server) serveHTTP() {
 }
 
 // maxSpare bounds the goroutines that wait for another connection to serve.
-const maxSpare = 64
+const maxSpare = 16
 
 // work serves conn, and then others that come in by next. A new goroutine for each
 // connection would have to grow its stack, several times, to what serving one takes.

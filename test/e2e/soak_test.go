@@ -248,7 +248,7 @@ func (s *soak) settle(clients int, goal *figures) figures {
 		}
 	}
 	const (
-		roomGoroutines  = 8
+		roomGoroutines  = 8 + 16 // the gate keeps up to 16 for the next connections
 		roomDescriptors = 16
 		roomHeap        = 16 << 20
 	)
