@@ -104,6 +104,11 @@ func newEntry(k key, m *dns.Msg, now time.Time, bounds Cache) *entry {
 	if err != nil {
 		return failedEntry(k, fmt.Errorf("answer: %w", err), dns.ExtendedErrorCodeNetworkError, now)
 	}
+	if !rereadable(&kept) {
+		if err := new(dns.Msg).Unpack(wire); err != nil {
+			return failedEntry(k, fmt.Errorf("%w: %w", errMalformed, err), dns.ExtendedErrorCodeNetworkError, now)
+		}
+	}
 	e := &entry{wire: bytes.Clone(wire), // without Pack's spare room
 		stored: now, expires: now.Add(ttl)}
 	if len(kept.Ns) == 0 && m.Rcode == dns.RcodeSuccess && !strings.EqualFold(end, k.fqdn()) && !holds(kept.Answer, end, k.qtype) {
@@ -113,6 +118,26 @@ func newEntry(k key, m *dns.Msg, now time.Time, bounds Cache) *entry {
 		}
 	}
 	return e
+}
+
+// rereadable reports whether miekg/dns certainly reads what it packs of m. It also
+// takes records whose data is missing or ends early, and what it packs of those need be
+// no record of their type: an SOA without its names is not.
+func rereadable(m *dns.Msg) bool {
+	for _, section := range [][]dns.RR{m.Answer, m.Ns} {
+		for _, rr := range section {
+			switch rr := rr.(type) {
+			case *dns.A, *dns.AAAA, *dns.CNAME: // whose data is whole or not there at all
+			case *dns.SOA:
+				if rr.Ns == "" || rr.Mbox == "" {
+					return false
+				}
+			default:
+				return false
+			}
+		}
+	}
+	return true
 }
 
 // failedEntry returns what is kept of a failure to answer k.
@@ -151,7 +176,7 @@ func upstreamEDE(m *dns.Msg) uint16 {
 func (e *entry) reply(now time.Time, stale bool) *reply {
 	var m dns.Msg
 	if err := m.Unpack(e.wire); err != nil {
-		panic(err) // Pack made it
+		panic(err) // newEntry would not have kept it
 	}
 	rep := &reply{
 		rcode: m.Rcode, answer: m.Answer, authority: m.Ns, ad: m.AuthenticatedData,
@@ -308,8 +333,10 @@ func clampTTLs(m *dns.Msg, bounds Cache) time.Duration {
 		shortest = min(shortest, ttl)
 		return ttl
 	}
+	said := false // how long there is nothing
 	for _, rr := range m.Ns {
 		if soa, ok := rr.(*dns.SOA); ok {
+			said = true
 			soa.Hdr.Ttl = min(soa.Hdr.Ttl, soa.Minttl, seconds(maxNegative))
 		}
 	}
@@ -317,6 +344,9 @@ func clampTTLs(m *dns.Msg, bounds Cache) time.Duration {
 		return bounds.MinTTL
 	}
 	eachTTL(m.Answer, m.Ns, clamp)
+	if m.Rcode != dns.RcodeSuccess && !said { // the TTLs of aliases are about these alone
+		return bounds.MinTTL
+	}
 	return time.Duration(shortest) * time.Second
 }
 

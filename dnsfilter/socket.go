@@ -62,11 +62,10 @@ func (d *datagram) exchange(ctx context.Context, query *dns.Msg) (*dns.Msg, erro
 	if err != nil {
 		return nil, err
 	}
-	m, err := w.unpack(p)
-	if err == nil && m.Truncated {
+	if p[2]&truncated != 0 {
 		return d.stream.exchange(ctx, query)
 	}
-	return m, err
+	return w.unpack(p)
 }
 
 // ask sends w over one of the sockets and waits for its answer.

@@ -17,6 +17,7 @@ const (
 	maxQuerySize = 512 // bytes; a question and an OPT record are much shorter
 	padBlock     = 128 // bytes; encrypted queries are padded to multiples (RFC 8467, section 4.1)
 	idAttempts   = 16  // to find an ID that is free
+	truncated    = 0x2 // TC in the third byte of a message
 )
 
 var errNoID = errors.New("no free query ID on this connection")
@@ -154,7 +155,7 @@ func (w *waiter) unpack(p []byte) (*dns.Msg, error) {
 		copy(p[headerSize:w.name], lowered(p[headerSize:w.name]))
 	}
 	m := new(dns.Msg)
-	if err := m.Unpack(p); err != nil && !m.Truncated {
+	if err := m.Unpack(p); err != nil {
 		return nil, fmt.Errorf("%w: %w", errMalformed, err)
 	}
 	return m, nil
