@@ -216,8 +216,16 @@ func (r *Resolver) loadResolvConf(f io.Reader) error {
 	if err != nil {
 		return err
 	}
+	old := *r.pool.ups.Load()
 	var ups []*upstream
 	for _, s := range conf.Servers {
+		named := func(u *upstream) bool { return u.text == s }
+		if i := slices.IndexFunc(old, named); i >= 0 { // it stays, with the questions under way
+			if !slices.ContainsFunc(ups, named) {
+				ups = append(ups, old[i])
+			}
+			continue
+		}
 		u, err := r.cfg.parseUpstream(s)
 		if err != nil || r.cfg.listensOn(u.addr) {
 			r.cfg.Logger.Warn().Str("file", r.cfg.ResolvConf).Str("nameserver", s).Msg("name server not used: no address, or this resolver itself")
@@ -228,9 +236,10 @@ func (r *Resolver) loadResolvConf(f io.Reader) error {
 	if len(ups) == 0 {
 		r.cfg.Logger.Warn().Str("file", r.cfg.ResolvConf).Msg("no name server found; set dns.upstreams")
 	}
-	old := r.pool.ups.Swap(&ups)
-	if !r.start(func(context.Context) { closeAll(*old) }) { // which waits for questions under way
-		closeAll(*old)
+	r.pool.ups.Store(&ups)
+	gone := slices.DeleteFunc(slices.Clone(old), func(u *upstream) bool { return slices.Contains(ups, u) })
+	if !r.start(func(context.Context) { closeAll(gone) }) { // questions under way go to the new ones
+		closeAll(gone)
 	}
 	return nil
 }
@@ -320,10 +329,15 @@ func (r *Resolver) UpstreamOK() bool { return !r.pool.failing() }
 // each alias that is followed; when it says no, the reply is what there is so far,
 // with next set.
 func (r *Resolver) resolve(ctx context.Context, k key, follow func(*reply) bool) (*reply, error) {
+	begun := time.Now()
 	rep, err := r.lookup(ctx, k)
 	for hops := 0; err == nil && !rep.next.IsZero(); hops++ {
 		if hops == maxChain {
 			return &reply{rcode: dns.RcodeServerFailure, err: errors.New("too many aliases")}, nil
+		}
+		if time.Since(begun) > r.timing.total {
+			err := fmt.Errorf("aliases take too long: %w", context.DeadlineExceeded)
+			return &reply{rcode: dns.RcodeServerFailure, ede: dns.ExtendedErrorCodeNoReachableAuthority, err: err}, nil
 		}
 		if follow != nil && !follow(rep) {
 			return rep, nil
@@ -348,6 +362,9 @@ func (r *Resolver) lookup(ctx context.Context, k key) (*reply, error) {
 		var err error
 		if e, err = r.fetch(ctx, k, stale); err != nil {
 			r.counts.misses.Add(1)
+			if errors.Is(err, errBusy) {
+				r.counts.dropped.Add(1)
+			}
 			return nil, err
 		}
 	}
@@ -386,9 +403,13 @@ func (r *Resolver) recorded(k key) *reply {
 }
 
 // fetch asks the upstreams, together with everybody who asks the same. It gives
-// up on them after a while, or if they fail, if there is something stale to return.
+// up on them after a while, or if they fail or too much is being asked of them, if there
+// is something stale to return.
 func (r *Resolver) fetch(ctx context.Context, k key, stale *entry) (*entry, error) {
 	f, err := r.join(k)
+	if stale != nil && errors.Is(err, errBusy) {
+		return stale, nil
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -423,7 +444,6 @@ func (r *Resolver) join(k key) (*flight, error) {
 		return nil, errClosed
 	}
 	if len(r.flights) == maxFlights {
-		r.counts.dropped.Add(1)
 		return nil, errBusy
 	}
 	return r.launch(k), nil

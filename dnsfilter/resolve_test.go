@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -504,4 +505,136 @@ func parseRRs(t testing.TB, lines []string) (rrs []dns.RR) {
 		rrs = append(rrs, rr)
 	}
 	return rrs
+}
+
+// endless leads each name to another, which it says nothing about.
+type endless struct {
+	canned
+	asked int
+}
+
+func (e *endless) exchange(_ context.Context, q *dns.Msg) (*dns.Msg, error) {
+	e.asked++
+	m := new(dns.Msg).SetReply(q)
+	rr, err := dns.NewRR(fmt.Sprintf("%s 60 IN CNAME n%d.test.", q.Question[0].Name, e.asked))
+	m.Answer = []dns.RR{rr}
+	return m, err
+}
+
+// All aliases of one question together have the time of one.
+func TestAliasesTakeNoLongerThanAQuestion(t *testing.T) {
+	r := newResolver(t, Config{Upstreams: []string{"192.0.2.53"}}, nil)
+	e := new(endless)
+	r.pool.ups.Store(&[]*upstream{{exchanger: e}})
+	r.timing.total = 0
+	rep := get(t, r, "a.test", dns.TypeA)
+	if rep.rcode != dns.RcodeServerFailure || rep.ede != dns.ExtendedErrorCodeNoReachableAuthority || e.asked != 1 {
+		t.Errorf("reply = %+v after %d questions", rep, e.asked)
+	}
+}
+
+// A query that is turned away for lack of room is counted once, however it comes.
+func TestABusyResolverCountsAQueryOnce(t *testing.T) {
+	l := newLab(t, Config{})
+	r := l.s.resolver
+	busy(t, r)
+	p, err := question("api.ok.test.", dns.TypeA).Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := new(answersTo)
+	l.s.serveLater(context.Background(), client{addr: netip.MustParseAddrPort(alice + ":4711"), udp: true, back: got}, p, true)
+	if n := r.Stats().Dropped; n != 1 || len(*got) != 1 || unpacked((*got)[0]).Rcode != dns.RcodeServerFailure {
+		t.Errorf("Dropped = %d, answers %x", n, *got)
+	}
+}
+
+// Too much to ask of the upstreams is a reason for a stale answer, as their failure is.
+func TestABusyResolverAnswersWhatIsStale(t *testing.T) {
+	now := newClock()
+	r := newResolver(t, Config{Now: now.now, Cache: Cache{Size: mib, ServeStale: time.Hour}}, newOrigin(t, "a.test. 60 IN A 192.0.2.1"))
+	patient(r)
+	get(t, r, "a.test", dns.TypeA)
+	now.advance(61 * time.Second)
+	busy(t, r)
+	if rep := get(t, r, "a.test", dns.TypeA); rep.ede != dns.ExtendedErrorCodeStaleAnswer || len(rep.answer) != 1 || r.Stats().Dropped != 0 {
+		t.Errorf("reply = %+v, %+v", rep, r.Stats())
+	}
+}
+
+// busy has r ask as many questions as it may.
+func busy(t *testing.T, r *Resolver) {
+	t.Helper()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for i := range maxFlights {
+		r.flights[key{name: policy.MustName(fmt.Sprintf("n%d.test", i))}] = &flight{}
+	}
+}
+
+// system returns a Resolver that has its upstreams from resolv.conf, and o as the only
+// one that is named there.
+func system(t *testing.T, o *origin) (*Resolver, *upstream) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "resolv.conf")
+	writeHosts(t, path, "nameserver 192.0.2.53\n")
+	r, err := New(Config{ResolvConf: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(r.Close)
+	patient(r)
+	u, err := parseUpstream(o.addr, nil) // resolv.conf has no ports
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.text = "192.0.2.53"
+	closeAll(*r.pool.ups.Swap(&[]*upstream{u}))
+	return r, u
+}
+
+// Name servers that stay in resolv.conf are kept when it is read again, as on each
+// SIGHUP, and questions under way are answered.
+func TestReloadKeepsQuestionsUnderWay(t *testing.T) {
+	o := newOrigin(t, "a.test. 60 IN A 192.0.2.1")
+	asked, release := make(chan struct{}, 8), make(chan struct{})
+	o.set(func(w dns.ResponseWriter, _, m *dns.Msg) {
+		asked <- struct{}{}
+		<-release
+		w.WriteMsg(m)
+	})
+	r, u := system(t, o)
+	done := make(chan *reply, 1)
+	go func() { done <- get(t, r, "a.test", dns.TypeA) }()
+	<-asked
+	for range 3 {
+		r.Reload()
+		if ups := r.pool.order(); len(ups) != 1 || ups[0] != u {
+			t.Errorf("upstreams = %v", ups)
+		}
+	}
+	close(release)
+	if got := (<-done).data(); !slices.Equal(got, []string{"A 192.0.2.1"}) {
+		t.Errorf("answer = %q", got)
+	}
+}
+
+// Questions under way with name servers that are replaced go to the new ones.
+func TestReplacedUpstreamsHandOver(t *testing.T) {
+	o, next := newOrigin(t), newOrigin(t, "a.test. 60 IN A 192.0.2.1")
+	asked := make(chan struct{}, 8)
+	o.set(func(dns.ResponseWriter, *dns.Msg, *dns.Msg) { asked <- struct{}{} })
+	r, u := system(t, o)
+	done := make(chan *reply, 1)
+	go func() { done <- get(t, r, "a.test", dns.TypeA) }()
+	<-asked
+	other, err := parseUpstream(next.addr, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.pool.ups.Store(&[]*upstream{other})
+	closeAll([]*upstream{u})
+	if got := (<-done).data(); !slices.Equal(got, []string{"A 192.0.2.1"}) {
+		t.Errorf("answer = %q", got)
+	}
 }

@@ -194,12 +194,12 @@ func (p *pool) order() []*upstream {
 // upstream could not or would not find out is returned only if no other has a better
 // one. It takes timing.total at most.
 func (p *pool) exchange(ctx context.Context, query *dns.Msg) (*dns.Msg, error) {
-	ups, last := p.order(), errNoUpstream
+	last := errNoUpstream
 	end := time.Now().Add(p.timing.total)
 	over := func() bool { return ctx.Err() != nil || !time.Now().Before(end) }
 	for range maxRounds {
 		var unable *dns.Msg
-		for _, u := range ups {
+		for _, u := range p.order() { // anew: those of the first round may have been replaced meanwhile
 			m, err := p.ask(ctx, u, query, min(p.timing.try, time.Until(end)))
 			switch {
 			case err != nil:
@@ -257,7 +257,7 @@ func (p *pool) ask(ctx context.Context, u *upstream, query *dns.Msg, within time
 		p.answered(u, time.Since(begun))
 	case isExhausted(err): // which is nobody's fault but ours
 		p.counts.failed.Add(1)
-	case !errors.Is(ctx.Err(), context.Canceled): // which says nothing about u
+	case ctx.Err() == nil: // or the caller's time was over, which says nothing about u
 		p.counts.failed.Add(1)
 		u.failed.Add(1)
 		if u.missed(p.now()) {
@@ -276,16 +276,21 @@ func isExhausted(err error) bool {
 // askPlain asks with EDNS and, if the server does not know it, without (RFC 6891,
 // section 7), which is remembered for a while.
 func (p *pool) askPlain(ctx context.Context, u *upstream, query *dns.Msg) (*dns.Msg, error) {
-	if until := u.plain.Load(); until == 0 || p.now().UnixNano() >= until {
+	left := time.Duration(u.plain.Load() - p.now().UnixNano())
+	known := left > 0 && left <= plainFor // more is left only if the clock was set back
+	if !known {
 		m, err := u.exchange(ctx, query)
 		if err != nil || m.Rcode != dns.RcodeFormatError || m.IsEdns0() != nil || query.IsEdns0() == nil {
 			return m, err
 		}
-		u.plain.Store(p.now().Add(plainFor).UnixNano())
 	}
 	plain := *query
 	plain.Extra = nil
-	return u.exchange(ctx, &plain)
+	m, err := u.exchange(ctx, &plain)
+	if !known && err == nil && m.Rcode != dns.RcodeFormatError { // or it is the question that it does not like
+		u.plain.Store(p.now().Add(plainFor).UnixNano())
+	}
+	return m, err
 }
 
 // revive probes u, which is down, until it answers or is not used any more.

@@ -708,3 +708,23 @@ func TestPadKeepsAMessageWhole(t *testing.T) {
 		}
 	}
 }
+
+// A server that does not like one question is not taken for one without EDNS.
+func TestFORMERRToOneQuestion(t *testing.T) {
+	o := newOrigin(t, "a.test. 0 IN A 192.0.2.1")
+	o.set(func(w dns.ResponseWriter, q, m *dns.Msg) {
+		if q.Question[0].Name == "odd.test." {
+			m = new(dns.Msg).SetRcode(q, dns.RcodeFormatError)
+		}
+		w.WriteMsg(m)
+	})
+	r := newResolver(t, Config{}, o)
+	patient(r)
+	if rep := get(t, r, "odd.test", dns.TypeA); rep.rcode != dns.RcodeServerFailure {
+		t.Errorf("reply = %+v", rep)
+	}
+	get(t, r, "a.test", dns.TypeA)
+	if o.last().IsEdns0() == nil {
+		t.Error("asked without EDNS")
+	}
+}
