@@ -237,6 +237,9 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	case <-ctx.Done():
 	}
 	s.end()
+	for _, u := range s.udp {
+		u.conn.SetWriteDeadline(past) // whoever waits for room in the socket gives up; fails as above
+	}
 	s.conns.each(func(c *conn) { c.Close() })
 	return ctx.Err()
 }

@@ -276,30 +276,38 @@ func (r *udpReader) packet(i int) []byte {
 // send sends answers from sent on, which it moves on by those that are sent. The
 // error is that of the next one.
 func (r *udpReader) send(fd uintptr) error {
+	n, errno := r.trySend(fd)
+	if errno == unix.EAGAIN { // the kernel's buffer is full
+		var err error
+		if n, errno, err = r.sendLater(); err != nil {
+			return err
+		}
+	}
+	if errno != 0 {
+		return os.NewSyscallError("sendmmsg", errno)
+	}
+	r.sent += n
+	return nil
+}
+
+// trySend is send as far as it takes no waiting. It returns how many were sent.
+func (r *udpReader) trySend(fd uintptr) (int, syscall.Errno) {
 	for {
 		n, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&r.out[r.sent])), uintptr(r.ready-r.sent), unix.MSG_DONTWAIT, 0, 0)
-		switch errno {
-		case 0:
-			r.sent += int(n)
-			return nil
-		case unix.EINTR:
-		case unix.EAGAIN: // the kernel's buffer is full
-			if err := r.u.raw.Write(new(pause).ready); err != nil {
-				return err
-			}
-		default:
-			return os.NewSyscallError("sendmmsg", errno)
+		if errno != unix.EINTR {
+			return int(n), errno
 		}
 	}
 }
 
-// A pause lets a socket wait once.
-type pause struct{ waited bool }
-
-func (w *pause) ready(uintptr) bool {
-	was := w.waited
-	w.waited = true
-	return was
+// sendLater is trySend once there is room. It tries inside Write, before that waits: what
+// Write was told of room before it began, it has forgotten.
+func (r *udpReader) sendLater() (n int, errno syscall.Errno, err error) {
+	err = r.u.raw.Write(func(fd uintptr) bool {
+		n, errno = r.trySend(fd)
+		return errno != unix.EAGAIN
+	})
+	return n, errno, err
 }
 
 // A udpQuery is a query that takes longer, with the way back.
