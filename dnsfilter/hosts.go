@@ -38,21 +38,25 @@ type watched struct {
 	load func(r io.Reader) error // r is empty if the file is missing; an error keeps what was loaded before
 	now  func() time.Time
 
-	next atomic.Int64 // when to look again, in Unix nanoseconds
-	mu   sync.Mutex   // guards what follows, and load
-	last fs.FileInfo  // nil if there was no file
-	seen bool
+	next  atomic.Int64 // when to look again, in Unix nanoseconds
+	mu    sync.Mutex   // guards what follows, and load
+	last  fs.FileInfo  // nil if there was no file
+	seen  bool
+	short bool // of descriptors, when it was to be read
 }
 
 // refresh looks at the file if it is time to, and loads it if it has changed.
 // One caller in a second does so; the others return at once. An error is
 // returned once for each state of the file.
 func (w *watched) refresh() error {
-	now, next := w.now(), w.next.Load()
-	if now.UnixNano() < next || !w.next.CompareAndSwap(next, now.Add(fileCheck).UnixNano()) {
+	now, next := w.now().UnixNano(), w.next.Load()
+	early := now < next && next-now <= int64(fileCheck) // it is more if the clock was set back
+	if early || !w.next.CompareAndSwap(next, now+int64(fileCheck)) {
 		return nil
 	}
-	w.mu.Lock()
+	if !w.mu.TryLock() { // a large file is still being loaded: not everybody waits for that
+		return nil
+	}
 	defer w.mu.Unlock()
 	fi, err := os.Stat(w.path)
 	if err != nil {
@@ -61,8 +65,14 @@ func (w *watched) refresh() error {
 	if w.seen && same(w.last, fi) {
 		return nil
 	}
-	w.last, w.seen = fi, true
-	return w.read(fi)
+	err = w.read(fi)
+	again := w.short
+	w.short = isExhausted(err)
+	w.last, w.seen = fi, !w.short // or what it says now would not be read before it changes once more
+	if again && w.short {
+		return nil
+	}
+	return err
 }
 
 // same reports whether a and b describe one state of one file: a symbolic link that was
@@ -77,8 +87,8 @@ func same(a, b fs.FileInfo) bool {
 // forget has the next refresh load the file, whether it looks changed or not.
 func (w *watched) forget() {
 	w.mu.Lock()
-	defer w.mu.Unlock()
 	w.seen = false
+	w.mu.Unlock()
 	w.next.Store(0)
 }
 

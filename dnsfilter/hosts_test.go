@@ -2,13 +2,17 @@ package dnsfilter
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/miekg/dns"
 	"github.com/rs/zerolog"
@@ -117,5 +121,75 @@ func writeHosts(t *testing.T, path, text string) {
 	t.Helper()
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
+	}
+}
+
+func TestAClockSetBackHidesNoChange(t *testing.T) {
+	now := newClock()
+	path := filepath.Join(t.TempDir(), "hosts")
+	writeHosts(t, path, "10.0.0.1 a.test\n")
+	r := newResolver(t, Config{Now: now.now, HostsFile: path}, newOrigin(t))
+	writeHosts(t, path, "10.0.0.1 b.test\n10.0.0.2 a.test\n")
+	now.advance(-time.Hour)
+	if got := get(t, r, "a.test", dns.TypeA).data(); !slices.Equal(got, []string{"A 10.0.0.2"}) {
+		t.Errorf("answer = %q", got)
+	}
+}
+
+// watch returns a watched of a file that is there.
+func watch(t *testing.T, load func(io.Reader) error) (*watched, *clock) {
+	t.Helper()
+	now, path := newClock(), filepath.Join(t.TempDir(), "file")
+	writeHosts(t, path, "")
+	return &watched{path: path, now: now.now, load: load}, now
+}
+
+// While one loads a large file, the others go on with what was loaded before.
+func TestOneWaitsForALargeFile(t *testing.T) {
+	loading, release, done := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	w, now := watch(t, func(io.Reader) error {
+		loading <- struct{}{}
+		<-release
+		return nil
+	})
+	go func() { done <- w.refresh() }()
+	<-loading
+	now.advance(2 * fileCheck)
+	within(t, "another look", func() {
+		if err := w.refresh(); err != nil {
+			t.Error(err)
+		}
+	})
+	close(release)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// A file that changes while there are no descriptors is read when there are some.
+func TestAFileIsReadWhenThereAreDescriptorsAgain(t *testing.T) {
+	short, loaded := true, 0
+	w, now := watch(t, func(io.Reader) error {
+		if short {
+			return &fs.PathError{Op: "open", Path: "file", Err: syscall.EMFILE}
+		}
+		loaded++
+		return nil
+	})
+	for i := range 3 {
+		if err := w.refresh(); errors.Is(err, syscall.EMFILE) != (i == 0) {
+			t.Errorf("look %d: %v; want it said once", i, err)
+		}
+		now.advance(fileCheck)
+	}
+	short = false
+	for range 2 {
+		if err := w.refresh(); err != nil {
+			t.Error(err)
+		}
+		now.advance(fileCheck)
+	}
+	if loaded != 1 {
+		t.Errorf("loaded %d times", loaded)
 	}
 }
