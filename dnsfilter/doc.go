@@ -20,8 +20,8 @@
 //
 // Each address answered (A, AAAA and the hints of HTTPS and SVCB) is decided again
 // as the Destination of the name asked for, and removed unless it passes. If that
-// leaves nothing the answer is NODATA with reason private_destination. Signatures
-// over what was changed are removed with it.
+// leaves nothing the answer is NODATA with reason private_destination, or a refusal
+// if it was a deny rule. Signatures over what was changed are removed with it.
 //
 // With CNAMEs trust, the chain of a listed name is answered whole, wherever it
 // leads; with inspect, every name on the way must be allowed for the source too.
