@@ -112,7 +112,7 @@ func (s *Server) bind(addr netip.AddrPort) error {
 		if err == nil || addr.Port() != 0 {
 			break
 		}
-		udp, tcp, err = listenBoth(addr) // the free UDP port was none for TCP
+		udp, tcp, err = listenBoth(addr) // the free TCP port was none for UDP
 	}
 	if err != nil {
 		return err
@@ -136,12 +136,23 @@ func listenBoth(addr netip.AddrPort) (net.PacketConn, net.Listener, error) {
 	if addr.Addr() == netip.IPv4Unspecified() {
 		family = "4" // or it would mean IPv6 as well
 	}
+	if addr.Port() == 0 { // TCP chooses, for far more of its ports are taken: by connections, and those that have been closed
+		tcp, err := net.Listen("tcp"+family, net.JoinHostPort(host, "0"))
+		if err != nil {
+			return nil, nil, err
+		}
+		udp, err := net.ListenPacket("udp"+family, net.JoinHostPort(host, port(tcp.Addr().(*net.TCPAddr).AddrPort())))
+		if err != nil {
+			tcp.Close()
+			return nil, nil, err
+		}
+		return udp, tcp, nil
+	}
 	udp, err := net.ListenPacket("udp"+family, net.JoinHostPort(host, port(addr)))
 	if err != nil {
 		return nil, nil, err
 	}
-	same := udp.LocalAddr().(*net.UDPAddr).AddrPort()
-	tcp, err := net.Listen("tcp"+family, net.JoinHostPort(host, port(same)))
+	tcp, err := net.Listen("tcp"+family, net.JoinHostPort(host, port(addr)))
 	if err != nil {
 		udp.Close()
 		return nil, nil, err
