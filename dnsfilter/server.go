@@ -20,6 +20,7 @@ const (
 	firstQuery     = 5 * time.Second  // for a TCP connection to send its first query
 	idleTimeout    = 10 * time.Second // between queries on a TCP connection (RFC 7766, section 6.2.3)
 	writeTimeout   = 5 * time.Second  // for a TCP client to take an answer
+	lastAnswers    = time.Second      // over UDP, to those that Shutdown cuts off
 	bindAttempts   = 10               // to find a port that is free for both UDP and TCP
 	readSize       = 4096             // bytes of a query over UDP
 )
@@ -249,7 +250,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	}
 	s.end()
 	for _, u := range s.udp {
-		u.conn.SetWriteDeadline(past) // whoever waits for room in the socket gives up; fails as above
+		u.conn.SetWriteDeadline(time.Now().Add(lastAnswers)) // for those who wait for room in the socket; fails as above
 	}
 	s.conns.each(func(c *conn) { c.Close() })
 	return ctx.Err()

@@ -749,6 +749,10 @@ func TestShutdown(t *testing.T) {
 		if err := s.Shutdown(ctx); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("Shutdown() = %v", err)
 		}
+		c.SetDeadline(time.Now().Add(5 * time.Second))
+		if m, err := c.ReadMsg(); err != nil || m.Rcode != dns.RcodeServerFailure {
+			t.Errorf("answer to who is cut off: %v, %v", m, err)
+		}
 		if err := <-served; err != nil {
 			t.Errorf("Serve() = %v", err)
 		}
