@@ -91,3 +91,45 @@ func TestWildcardBindAnswersOverIPv6(t *testing.T) {
 	}
 	wantRcode(t, b.ask(t, "::1", "udp", question("evil.test.", dns.TypeA)), dns.RcodeRefused, 0)
 }
+
+// Packets that are empty, too short, larger than what is read, or followed by something
+// else do no harm to those after them.
+func TestT49OddPackets(t *testing.T) {
+	b := start(t, Config{Decider: people, Cache: Cache{Size: mib}}, newOrigin(t))
+	c, err := net.Dial("udp", b.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	pack := func(q *dns.Msg) []byte {
+		p, err := q.Pack()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	plain := pack(question("evil.test.", dns.TypeA))
+	long := withEDNS(question("evil.test.", dns.TypeA))
+	long.IsEdns0().Option = []dns.EDNS0{&dns.EDNS0_PADDING{Padding: make([]byte, 2*readSize)}}
+	buf := make([]byte, maxEDNSSize)
+	for range 2 * batch {
+		for _, silent := range [][]byte{nil, {0}, plain[:headerSize-1]} {
+			c.Write(silent)
+		}
+		for _, tt := range []struct {
+			packet []byte
+			rcode  int
+		}{{plain, dns.RcodeRefused}, {append(plain[:len(plain):len(plain)], "trailing"...), dns.RcodeRefused}, {pack(long), dns.RcodeFormatError}} {
+			c.Write(tt.packet)
+			c.SetReadDeadline(time.Now().Add(20 * time.Second))
+			n, err := c.Read(buf)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n < headerSize || buf[0] != tt.packet[0] || buf[1] != tt.packet[1] || int(buf[3]&0xF) != tt.rcode {
+				t.Errorf("%d bytes are answered with %x", len(tt.packet), buf[:n])
+			}
+		}
+	}
+	eventually(t, "the odd ones to be counted", func() bool { return b.resolver.Stats().Malformed == 4*2*batch })
+}
