@@ -304,4 +304,8 @@ func TestT68BlockedLog(t *testing.T) {
 		return false
 	})
 	t.Logf("%d lines dropped", dropped())
+	g.signal(syscall.SIGTERM) // the end of the test would cut the last line off
+	if code := g.wait(); code != 0 {
+		t.Errorf("exit status %d", code)
+	}
 }
