@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"fmt"
+	"net"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -68,12 +69,17 @@ func (s *Server) unexpected(p *pending, raw []byte) error {
 	if raw[0] != 'P' && raw[0] != '\r' || len(raw) < len("PROXY ") && raw[0] == 'P' || !proxyproto.Starts(raw) {
 		return nil
 	}
-	return fmt.Errorf("a PROXY protocol header from %s, which is to send none, or no second one; see proxy.proxy_protocol.trusted", remoteAddr(p.conn).Addr())
+	return errUnexpected(p.conn)
+}
+
+func errUnexpected(conn net.Conn) error {
+	return fmt.Errorf("a PROXY protocol header from %s, which is to send none, or no second one; see proxy.proxy_protocol.trusted", remoteAddr(conn).Addr())
 }
 
 // reject closes a connection on which nothing was asked yet, without an answer.
 func (s *Server) reject(p *pending, who asker, start time.Time, err error) {
 	ev := s.newEvent(event.HTTP, who, start)
+	ev.Listener = p.listener()
 	ev.Decision = ev.Decision.Refuse(policy.ReasonBadRequest)
 	note(&ev, err)
 	p.conn.Close()
@@ -129,6 +135,7 @@ func (s *Server) refuseTooMany(p *pending, who asker, start time.Time, h *head, 
 // dropTooMany closes a connection of such a client without having read a request.
 func (s *Server) dropTooMany(p *pending, who asker, start time.Time, tooMany error) {
 	ev := s.newEvent(event.HTTP, who, start)
+	ev.Listener = p.listener()
 	ev.Decision = ev.Decision.Refuse(policy.ReasonLimitExceeded)
 	note(&ev, tooMany)
 	if c, ok := p.conn.(interface{ SetLinger(sec int) error }); ok {

@@ -135,7 +135,7 @@ type clientConn struct {
 	in      framed
 	one     [1]byte                   // read by watch
 	session *session                  // set inside a CONNECT
-	serving bool                      // a handler was called for the current request
+	serving atomic.Bool               // a handler was called for the current request
 	badBody atomic.Pointer[headError] // what is wrong with the body of the current request
 	live    liveExchange              // the request under way
 }
@@ -150,7 +150,7 @@ func (c *clientConn) Read(p []byte) (int, error) {
 	if err == nil {
 		return n, nil
 	}
-	if c.serving {
+	if c.serving.Load() {
 		if bad := (*headError)(nil); errors.As(err, &bad) {
 			c.badBody.Store(bad) // before net/http, which cancels the request
 		}
@@ -198,7 +198,7 @@ func (c *clientConn) refuseNext(err error) error {
 // gets ours instead, and the request its event. net/http closes the connection
 // afterwards.
 func (c *clientConn) Write(p []byte) (int, error) {
-	if !c.serving {
+	if !c.serving.Load() {
 		if _, err := c.idleConn.Write(c.s.unreadable(c, theirError(p))); err != nil {
 			return 0, err
 		}

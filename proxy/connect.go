@@ -130,7 +130,7 @@ func (c *connect) open(h *head) (net.Conn, *refusal) {
 // identify finds out who asks.
 func (c *connect) identify(h *head) (r *refusal) {
 	p := peerOf(c.client)
-	if p == nil && !c.s.users.enabled() {
+	if p == nil && !c.s.users.enabled() && !c.s.cfg.Auth.Required {
 		return nil
 	}
 	if p != nil {

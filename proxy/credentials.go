@@ -318,12 +318,11 @@ func (s *Server) identify(conn *peer, source netip.Addr, fields int, value strin
 	if conn != nil {
 		w.user = conn.user
 	}
+	enabled := s.users.enabled()
 	switch {
-	case !s.users.enabled():
-		return w, nil
-	case fields == 0 && w.user == "" && s.cfg.Auth.Required:
+	case (fields == 0 || !enabled) && w.user == "" && s.cfg.Auth.Required:
 		return w, authRequired(policy.Decision{})
-	case fields == 0:
+	case !enabled, fields == 0:
 		return w, nil
 	}
 	user, password, ok := parseBasic(value)
@@ -369,8 +368,8 @@ func authFailed(err error) *refusal {
 }
 
 // SetUsers puts another file of users in force: credentials are verified anew, and
-// tunnels of users whose password has changed or who are no longer listed end. It
-// does nothing if the Server was made without users.
+// tunnels and requests of users whose password has changed or who are no longer
+// listed end. It does nothing if the Server was made without users.
 func (s *Server) SetUsers(f *htpasswd.File) {
 	if !s.users.enabled() || f == nil {
 		return

@@ -120,19 +120,13 @@ func (f forwarder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		panic("a connection that did not come through the front")
 	}
-	c.serving = true
+	c.serving.Store(true)
 	if r.Method == http.MethodConnect && c.session == nil {
 		f.s.takeBack(c, w, r)
 		return
 	}
 	if c.session == nil && isPAC(r) {
-		scheme, host := pacPlain, r.Host
-		if _, secure := c.Conn.(*tls.Conn); secure {
-			if scheme = pacSecure; !hasPort(host) {
-				host += ":443"
-			}
-		}
-		f.s.servePAC(w, scheme, host, addrPort(c.LocalAddr()))
+		f.s.servePACTo(c.Conn, w, r)
 		return
 	}
 	f.s.serveExchange(c, w, r)
@@ -210,11 +204,25 @@ func (ex *exchange) finish(r *http.Request) {
 		ex.s.observe(&ex.ev)
 	}
 	if crash != nil || ex.broken != nil {
-		if tcp, ok := ex.client.Conn.(*net.TCPConn); ok && !ex.modern {
-			tcp.SetLinger(0) // the end of the connection may be all that ends the response: it must be a reset
-		}
+		ex.breakOff()
 		panic(http.ErrAbortHandler)
 	}
+}
+
+// breakOff sees to it that a client of HTTP/1.0, for whom the end of the connection may
+// be all that ends the response, does not take it for that.
+func (ex *exchange) breakOff() {
+	if ex.modern {
+		return
+	}
+	conn := ex.client.Conn
+	if c, ok := conn.(*tls.Conn); ok { // many read the end without the goodbye of TLS as a good one
+		conn = peerOf(c).Conn
+	}
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		tcp.SetLinger(0) // a reset
+	}
+	abort(ex.client.Conn)
 }
 
 // judgeEnd finds out whether the exchange, which was let pass, ended otherwise.
@@ -234,6 +242,11 @@ func (ex *exchange) admit(r *http.Request) *refusal {
 	session := ex.client.session
 	if session != nil {
 		ex.decision = session.tunnel.ev.Decision
+	}
+	if ex.http2 {
+		if err := unfit(r); err != nil {
+			return ex.malformed(err)
+		}
 	}
 	switch {
 	case len(r.RequestURI) > ex.s.cfg.Limits.URLBytes:
@@ -412,7 +425,7 @@ func prepare(r *http.Request) {
 	if _, ok := r.Header["User-Agent"]; !ok {
 		r.Header["User-Agent"] = []string{""} // keeps net/http from adding its own
 	}
-	addVia(r.Header, r.ProtoMinor)
+	addVia(r.Header, r.ProtoMajor, r.ProtoMinor)
 	r.Close = false // the client's connection ends, not ours to the far side
 }
 
@@ -468,7 +481,7 @@ var errUnaskedUpgrade = errors.New("malformed response: 101 without a request fo
 // receive makes the far side's response the one for the client.
 func (ex *exchange) receive(resp *http.Response) {
 	stripHopByHop(resp.Header)
-	addVia(resp.Header, resp.ProtoMinor)
+	addVia(resp.Header, resp.ProtoMajor, resp.ProtoMinor)
 	ex.length = resp.ContentLength
 	ex.answer.ReadCloser, ex.answer.n, ex.answer.more, ex.answer.failed = resp.Body, &ex.down, ex.totalDown(), &ex.broken
 	resp.Body = &ex.answer
@@ -483,7 +496,7 @@ func (ex *exchange) failed(r *http.Request, err error) *http.Response {
 	}
 	refused := exchangeFailed(ex.decision, err)
 	if d := ex.revoked.Load(); d != nil {
-		refused = &refusal{decision: d.Refuse(policy.ReasonPolicyRevoked), status: http.StatusForbidden, token: statusRequestDenied, err: err}
+		refused = revokedBy(d, err)
 	}
 	if bad != nil {
 		refused = badRequest(ex.decision, bad)

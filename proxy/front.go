@@ -19,6 +19,15 @@ type pending struct {
 	begun atomic.Bool // the client has sent something
 
 	counted netip.Addr // see crowd
+	secure  bool       // it came to a TLS listener, and conn is what lies below
+}
+
+// listener returns the door that p came through.
+func (p *pending) listener() string {
+	if p.secure {
+		return listenerTLS
+	}
+	return listenerOf(p.conn)
 }
 
 // closeUnused closes a connection on which nobody has asked for anything.
@@ -76,6 +85,7 @@ func (s *Server) heads(p *pending, source asker, start time.Time, tooMany error,
 			break
 		}
 		buf, start = buf[:0], time.Now()
+		p.conn.SetWriteDeadline(time.Time{}) // the one of the 407 would hold for the next answer
 		p.conn.SetReadDeadline(start.Add(s.cfg.Timeouts.RequestHeader))
 	}
 	closeGently(p.conn, buf[:cap(buf)])
@@ -179,7 +189,7 @@ func (s *Server) connState(conn net.Conn, state http.ConnState) {
 	c := conn.(*clientConn)
 	switch state {
 	case http.StateIdle: // until a handler is called for the next request
-		c.serving = false
+		c.serving.Store(false)
 	case http.StateClosed, http.StateHijacked:
 		s.clients.remove(c)
 		if c.session == nil {
@@ -224,18 +234,22 @@ func (s *Server) takeBack(c *clientConn, w http.ResponseWriter, r *http.Request)
 	}
 	start := time.Now()
 	s.wg.Add(1)
+	counted := c.counted
+	c.counted = netip.Addr{} // it still counts when net/http is done with it
 	conn, early, err := c.hijack(w)
 	if err != nil {
+		c.counted = counted
 		s.wg.Done()
 		panic(http.ErrAbortHandler)
 	}
-	go s.serveTakenBack(conn, c.source, start, h, early, r.ContentLength != 0)
+	go s.serveTakenBack(conn, counted, c.source, start, h, early, r.ContentLength != 0)
 }
 
-func (s *Server) serveTakenBack(conn net.Conn, source asker, start time.Time, h *head, early []byte, content bool) {
+func (s *Server) serveTakenBack(conn net.Conn, counted netip.Addr, source asker, start time.Time, h *head, early []byte, content bool) {
 	defer s.wg.Done()
 	defer s.recovered(conn)
 	p := s.enter(conn, true)
+	p.counted = counted
 	defer s.leave(p)
 	// The client may not have taken in what came before, and so not take in the 200.
 	conn.SetWriteDeadline(start.Add(s.cfg.Timeouts.Connect + answerTime))

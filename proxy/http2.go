@@ -6,6 +6,7 @@ import (
 	"io"
 	"log"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -95,6 +96,11 @@ func (h streams) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h.s.serveStream(h.peer, w, r)
 		return
 	}
+	if r.TLS != nil && isPAC(r) { // of :scheme https, which is never forwarded
+		http.NewResponseController(w).SetWriteDeadline(time.Now().Add(answerTime))
+		h.s.servePACTo(h.conn, w, r)
+		return
+	}
 	// The target is in pieces (RFC 9113, section 8.3.1); the rest wants one URI.
 	r.URL.Scheme, r.URL.Host = "", ""
 	if strings.HasPrefix(r.RequestURI, "/") || r.RequestURI == "*" {
@@ -109,6 +115,23 @@ func (h streams) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.s.clients.add(c)
 	defer h.s.clients.remove(c)
 	h.s.serveExchange(c, iw, r)
+}
+
+// unfit says what is wrong with r if HTTP/2 lets it pass and HTTP/1, in which r goes
+// on, does not (RFC 9113, section 10.3). Of the rest net/http sees to it.
+func unfit(r *http.Request) error {
+	switch {
+	case !isToken([]byte(r.Method)):
+		return badHead("method")
+	case strings.IndexByte(r.RequestURI, ' ') >= 0:
+		return badHead("space in the request target")
+	}
+	for k := range r.Trailer {
+		if slices.ContainsFunc(notTrailers, func(n string) bool { return strings.EqualFold(n, k) }) {
+			return errTrailer
+		}
+	}
+	return nil
 }
 
 // serveStream serves a CONNECT (RFC 9113, section 8.5). It returns when the tunnel

@@ -49,7 +49,7 @@ func (ex *exchange) got1xx(status int, header textproto.MIMEHeader) error {
 	for k, vs := range h {
 		out[k] = vs
 	}
-	addVia(out, 1)
+	addVia(out, 1, 1)
 	ex.ResponseWriter.WriteHeader(status)
 	clear(out)
 	return nil

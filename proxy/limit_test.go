@@ -325,7 +325,7 @@ func TestUnreadAnswerIsBounded(t *testing.T) {
 		defer client.Close()
 		began := time.Now()
 		s.wg.Add(1)
-		s.serveTakenBack(conn, asker{}, began, &head{method: []byte("CONNECT"), target: []byte("evil.test:443")}, nil, false)
+		s.serveTakenBack(conn, netip.Addr{}, asker{}, began, &head{method: []byte("CONNECT"), target: []byte("evil.test:443")}, nil, false)
 		if took := time.Since(began); took != answerTime {
 			t.Errorf("the refusal took %v, want %v", took, answerTime)
 		}

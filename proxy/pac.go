@@ -83,6 +83,17 @@ func (s *Server) servePAC(w http.ResponseWriter, scheme, host string, local neti
 	w.Write(PAC(scheme+" "+pacAddress(host, local), s.cfg.PACDirect))
 }
 
+// servePACTo answers a request for the file that came over conn, a listener's.
+func (s *Server) servePACTo(conn net.Conn, w http.ResponseWriter, r *http.Request) {
+	scheme, host := pacPlain, r.Host
+	if peerOf(conn) != nil {
+		if scheme = pacSecure; !hasPort(host) {
+			host += ":443"
+		}
+	}
+	s.servePAC(w, scheme, host, addrPort(conn.LocalAddr()))
+}
+
 // pacAddress returns host:port of the proxy, host if that is well-formed.
 func pacAddress(host string, local netip.AddrPort) string {
 	if !hasPort(host) {
@@ -101,17 +112,21 @@ func isPAC(r *http.Request) bool {
 }
 
 // PACHandler returns a handler that serves the file on another listener, with the
-// address of the proxy's own first listener. One that listens on every address is
+// address of the proxy's own first listener, a plain one if there is one. One that listens on every address is
 // reached at the host that the client reached the other listener at.
 func (s *Server) PACHandler() http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if len(s.addrs) == 0 {
+		scheme, all := pacPlain, s.addrs
+		if len(all) == 0 {
+			scheme, all = pacSecure, s.secure.addrs
+		}
+		if len(all) == 0 {
 			http.NotFound(w, r)
 			return
 		}
-		own := s.addrs[0]
+		own := all[0]
 		if !own.Addr().IsUnspecified() {
-			s.servePAC(w, pacPlain, own.String(), own)
+			s.servePAC(w, scheme, own.String(), own)
 			return
 		}
 		port := strconv.Itoa(int(own.Port()))
@@ -123,6 +138,6 @@ func (s *Server) PACHandler() http.Handler {
 		if l, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok {
 			local = netip.AddrPortFrom(addrPort(l).Addr(), own.Port())
 		}
-		s.servePAC(w, pacPlain, host+":"+port, local)
+		s.servePAC(w, scheme, host+":"+port, local)
 	})
 }

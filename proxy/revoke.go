@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"net"
+	"net/http"
 	"sync"
 	"time"
 
@@ -55,7 +56,7 @@ func (l *liveExchange) begin(ex *exchange) {
 	l.mu.Lock()
 	l.ex, l.request = ex, ex.request
 	l.mu.Unlock()
-	if ex.s.generation.Load() != ex.generation {
+	if ex.s.generation.Load() != ex.generation || !ex.s.users.isStill(ex.who.user, ex.who.hash) {
 		l.recheck()
 		l.cutRevoked()
 	}
@@ -70,6 +71,12 @@ func (l *liveExchange) reached(conn net.Conn, request policy.Request) {
 	if revoked {
 		conn.Close()
 	}
+}
+
+// revokedBy is the refusal of an exchange that a later policy ended with d; err is how
+// it ended.
+func revokedBy(d *policy.Decision, err error) *refusal {
+	return &refusal{decision: d.Refuse(policy.ReasonPolicyRevoked), status: http.StatusForbidden, token: statusRequestDenied, err: err}
 }
 
 // answer says that the response begins.
@@ -95,7 +102,7 @@ func (l *liveExchange) recheck() {
 	}
 	req := l.request
 	req.Time = time.Now()
-	if d := l.ex.s.cfg.Decider.Decide(req); !d.Passes() {
+	if d := l.ex.s.cfg.Decider.Decide(req); !d.Passes() || !l.ex.s.users.isStill(l.ex.who.user, l.ex.who.hash) {
 		l.ex.revoked.CompareAndSwap(nil, &d)
 	}
 }
@@ -112,6 +119,8 @@ func (l *liveExchange) cutRevoked() {
 		l.upstream.Close()
 	}
 	if l.answered && !l.ex.http2 { // a stream of HTTP/2 ends by itself, as the response breaks off
+		l.ex.breakOff()
+		abort(l.ex.client.Conn)
 		l.ex.client.Conn.Close()
 	}
 }

@@ -187,6 +187,12 @@ func (s *Server) redial(ctx context.Context, req policy.Request, d policy.Decisi
 		t.addresses = []netip.AddrPort{netip.AddrPortFrom(req.Destination, req.Port)}
 	}
 	w := s.wayOf(d.Group)
+	if w.wantsAll() && !req.Name.IsZero() {
+		// It resolves the name itself, now. What was checked may be another address, or
+		// one of several if the connection before did not go through a parent.
+		req.Destination, req.PrivateZone = netip.Addr{}, false
+		return s.reach(ctx, req, d, "")
+	}
 	if w.Parent == nil && len(t.addresses) == 0 { // it came through a parent that is no longer there
 		return nil, t, connectFailed(d, upstream.ErrNoAddress)
 	}

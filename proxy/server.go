@@ -368,7 +368,8 @@ func (s *Server) register(t *tunnel, generation uint64) {
 	if s.life.Err() != nil {
 		t.cut()
 	}
-	if s.generation.Load() != generation {
+	// Nor have users that changed after t's was verified.
+	if s.generation.Load() != generation || !s.users.isStill(t.request.User, t.hash) {
 		t.recheck()
 		t.cutRevoked()
 	}
@@ -495,6 +496,7 @@ func (s *Server) newID() string {
 func (s *Server) recovered(conn net.Conn) {
 	if v := recover(); v != nil {
 		s.crashed(v)
+		abort(conn) // else the end of a stream without an answer would be a 200
 		conn.Close()
 	}
 }

@@ -58,17 +58,17 @@ func (s *session) isFor(r *policy.Request) bool {
 // one to the same address.
 func (s *session) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 	srv := s.tunnel.s
-	conn := s.take()
+	conn, t := s.take(), trip{request: s.tunnel.request, parent: s.tunnel.ev.Parent}
 	if conn == nil {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		defer context.AfterFunc(srv.life, cancel)()
 		var r *refusal
-		if conn, _, r = srv.redial(ctx, s.tunnel.request, s.tunnel.ev.Decision); r != nil {
+		if conn, t, r = srv.redial(ctx, s.tunnel.request, s.tunnel.ev.Decision); r != nil {
 			return nil, r
 		}
 	}
-	return srv.newUpstreamConn(conn, trip{request: s.tunnel.request, parent: s.tunnel.ev.Parent}), nil
+	return srv.newUpstreamConn(conn, t), nil
 }
 
 // take returns the connection of the CONNECT, once.

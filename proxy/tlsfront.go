@@ -11,7 +11,9 @@ import (
 	"sync/atomic"
 	"time"
 
+	"sallyport/policy/event"
 	"sallyport/proxy/htpasswd"
+	"sallyport/proxy/proxyproto"
 )
 
 // UserFrom says which part of a client's certificate names its user.
@@ -175,9 +177,10 @@ func (s *Server) serveTLSConn(conn net.Conn) {
 	defer s.recovered(conn)
 	defer s.descriptors.release()
 	first := s.enter(conn, false) // whoever has not finished the handshake has asked for nothing
+	defer s.leave(first)          // the second time does nothing
+	first.secure = true
 	c := s.handshake(first)
 	if c == nil {
-		s.leave(first)
 		return
 	}
 	h2 := c.ConnectionState().NegotiatedProtocol == "h2"
@@ -186,6 +189,10 @@ func (s *Server) serveTLSConn(conn net.Conn) {
 	s.leave(first)
 	defer s.leave(p)
 	if h2 {
+		if s.draining.Load() { // whose GOAWAY may have gone out already
+			c.Close()
+			return
+		}
 		s.serveByHTTP2(c)
 		return
 	}
@@ -214,8 +221,16 @@ func (s *Server) handshake(p *pending) *tls.Conn {
 	id := s.secure.identity.Load()
 	c := tls.Server(below, id.config)
 	if err := c.HandshakeContext(s.life); err != nil {
-		if header, ok := errors.AsType[tls.RecordHeaderError](err); ok && tokenByte[header.RecordHeader[0]] {
-			s.refuseHead(conn, source, start, &head{}, errIsPlain)
+		header, notTLS := errors.AsType[tls.RecordHeaderError](err)
+		switch {
+		case notTLS && proxyproto.Starts(header.RecordHeader[:]):
+			s.reject(p, source, start, errUnexpected(conn))
+			return nil
+		case notTLS && tokenByte[header.RecordHeader[0]]:
+			r := &connect{s: s, client: conn}
+			r.ev = s.newEvent(event.HTTP, source, start)
+			r.ev.Listener = listenerTLS
+			r.refuse(badRequest(r.decision, errIsPlain))
 			return nil
 		}
 		s.cfg.Logger.Debug().Err(err).Stringer("src", source.AddrPort).Str("listener", listenerTLS).Msg("TLS handshake failed")

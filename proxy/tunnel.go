@@ -48,6 +48,12 @@ func (t *tunnel) start(generation uint64) {
 func (t *tunnel) run() {
 	defer t.s.wg.Done()
 	defer t.s.recovered(t.client)
+	ended := false
+	defer func() {
+		if !ended {
+			t.abandon()
+		}
+	}()
 	r := relay.Relay(t.client, t.upstream, relay.Options{Idle: t.s.cfg.Timeouts.Idle, Up: &t.up, Down: &t.down})
 	if r.End != relay.ClientClosed && r.End != relay.UpstreamClosed {
 		abort(t.client)
@@ -55,7 +61,14 @@ func (t *tunnel) run() {
 	t.client.Close()
 	t.upstream.Close()
 	t.s.descriptors.release()
+	ended = true
 	t.end(describe(r))
+}
+
+// abandon takes t out of the registry after a panic. There is no event.
+func (t *tunnel) abandon() {
+	t.cut()
+	t.s.tunnels.remove(t)
 }
 
 // describe says for operators how a tunnel ended, unless it was in good order.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 )
@@ -41,18 +42,21 @@ func (ex *exchange) upgrade(r *http.Request, protocol string) {
 			ex.refuse(refused)
 			return
 		}
+		defer func() { ex.s.tunnels.release(ex.place) }() // unless a tunnel has it
 	}
 	conn, refused := ex.dialUpgrade(r.Context())
 	if refused == nil {
 		defer context.AfterFunc(r.Context(), func() { conn.SetDeadline(longAgo) })()
 		refused = ex.negotiate(r, conn, protocol)
 	}
-	ex.s.tunnels.release(ex.place) // unless a tunnel has it
 	switch {
 	case refused == nil:
 	case r.Context().Err() != nil: // nobody reads an answer, and the far side has not failed
 		ex.broken = errClientLeft
 	default:
+		if d := ex.revoked.Load(); d != nil {
+			refused = revokedBy(d, refused)
+		}
 		ex.refuse(refused)
 	}
 }
@@ -90,14 +94,16 @@ func (ex *exchange) negotiate(r *http.Request, conn net.Conn, protocol string) *
 	if r.ContentLength == 0 {
 		r.Body = http.NoBody
 	}
-	br := bufio.NewReader(newResponseReader(conn, ex.s.cfg.Limits.HeaderBytes))
+	from := newResponseReader(conn, ex.s.cfg.Limits.HeaderBytes)
+	br := bufio.NewReader(from)
 	resp, err := readResponse(r, conn, br)
 	if err != nil {
 		conn.Close()
 		return exchangeFailed(ex.decision, err)
 	}
 	if resp.StatusCode == http.StatusSwitchingProtocols && strings.EqualFold(resp.Header.Get("Upgrade"), protocol) {
-		return ex.switchTo(conn, br, resp)
+		late, _ := br.Peek(br.Buffered())
+		return ex.switchTo(conn, slices.Concat(late, from.in.held), resp)
 	}
 	defer conn.Close()
 	if resp.StatusCode == http.StatusSwitchingProtocols {
@@ -130,18 +136,17 @@ func readResponse(r *http.Request, conn net.Conn, br *bufio.Reader) (*http.Respo
 }
 
 // switchTo answers 101 and makes a tunnel of the two connections. Not before now
-// do bytes pass that are not HTTP.
-func (ex *exchange) switchTo(conn net.Conn, br *bufio.Reader, resp *http.Response) *refusal {
+// do bytes pass that are not HTTP. late is what the far side sent after its 101.
+func (ex *exchange) switchTo(conn net.Conn, late []byte, resp *http.Response) *refusal {
 	upgrade := resp.Header.Get("Upgrade")
 	stripHopByHop(resp.Header)
-	addVia(resp.Header, resp.ProtoMinor)
+	addVia(resp.Header, resp.ProtoMajor, resp.ProtoMinor)
 	resp.Header.Set("Connection", "Upgrade")
 	resp.Header.Set("Upgrade", upgrade)
 	var b bytes.Buffer
 	fmt.Fprintf(&b, "HTTP/1.1 101 %s\r\n", http.StatusText(http.StatusSwitchingProtocols))
 	resp.Header.Write(&b)
 	b.WriteString("\r\n")
-	late, _ := br.Peek(br.Buffered())
 	b.Write(late)
 
 	ex.s.wg.Add(1) // the connection is net/http's no longer, and not yet the tunnel's

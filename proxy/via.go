@@ -14,13 +14,16 @@ import (
 // is another one in each process, so that a chain of gates is no loop.
 var pseudonym = "sallyport-" + strings.TrimSuffix(newPrefix(), "-")
 
-// viaFields are the values of Via for what arrived as HTTP/1.0 and HTTP/1.1. They
-// are full: what is appended to them goes elsewhere.
-var viaFields = [2][1]string{{"1.0 " + pseudonym}, {"1.1 " + pseudonym}}
+// viaFields are the values of Via for what arrived as HTTP/1.0, HTTP/1.1 and HTTP/2.
+// They are full: what is appended to them goes elsewhere.
+var viaFields = [3][1]string{{"1.0 " + pseudonym}, {"1.1 " + pseudonym}, {"2.0 " + pseudonym}}
 
-// addVia adds Via to what arrived as HTTP/1.minor.
-func addVia(h http.Header, minor int) {
+// addVia adds Via to what arrived as HTTP/major.minor.
+func addVia(h http.Header, major, minor int) {
 	field := viaFields[min(max(minor, 0), 1)][:]
+	if major == 2 {
+		field = viaFields[2][:]
+	}
 	if vs := h["Via"]; len(vs) > 0 {
 		field = append(slices.Clip(vs), field...)
 	}
@@ -83,7 +86,7 @@ const methods = "CONNECT, DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT"
 func (ex *exchange) options() {
 	h := ex.Header()
 	h.Set("Allow", methods)
-	addVia(h, 1)
+	addVia(h, 1, 1)
 	h.Set("Content-Length", "0")
 	ex.WriteHeader(http.StatusOK)
 }

@@ -45,6 +45,13 @@ func (l *vigil) run() {
 	defer c.s.wg.Done()
 	defer c.s.recovered(c.client)
 	go l.speak()
+	settled := false
+	defer func() {
+		if !settled { // a panic
+			t.abandon()
+			<-l.done
+		}
+	}()
 	first, err := l.await()
 	var r *refusal
 	if err == nil {
@@ -53,6 +60,7 @@ func (l *vigil) run() {
 	t.upstream.SetReadDeadline(longAgo)
 	<-l.done
 	t.upstream.SetReadDeadline(time.Time{})
+	settled = true
 	if err != nil && !errors.Is(err, io.EOF) || t.revoked.Load() != nil {
 		t.cut()
 		t.end(problemOf(err))
@@ -118,12 +126,14 @@ func (l *vigil) look(b []byte) ([]byte, *refusal) {
 func (l *vigil) speak() {
 	defer close(l.done)
 	c, t := &l.c, l.t
+	defer c.s.recovered(c.client)
 	buf := buffers.Get().(*[minBuffer]byte)
 	defer buffers.Put(buf)
 	for {
 		n, err := t.upstream.Read(buf[:])
 		if n > 0 {
 			l.last.Store(max(int64(time.Since(l.start)), 1))
+			c.client.SetWriteDeadline(time.Now().Add(c.s.cfg.Timeouts.Idle)) // for a client that does not read
 			w, werr := c.client.Write(buf[:n])
 			t.down.Add(int64(w))
 			if werr != nil {
