@@ -156,7 +156,7 @@ type Server struct {
 	draining   atomic.Bool   // the same as quit
 	generation atomic.Uint64 // of the policy: grows with each Recheck
 
-	mu      sync.Mutex // guards pending
+	mu      sync.Mutex // guards pending, and the beginning of Serve against Shutdown
 	pending map[*pending]struct{}
 
 	idPrefix         string
@@ -284,12 +284,18 @@ func (s *Server) Serve(ctx context.Context) error {
 	if len(s.listeners) != len(s.cfg.Listen) || len(s.secure.listeners) != len(s.cfg.TLS.Listen) {
 		return errors.New("serve: Listen was not called")
 	}
+	s.mu.Lock() // Shutdown may come at the same time
+	if s.draining.Load() {
+		s.mu.Unlock()
+		<-s.stopped
+		return nil
+	}
+	s.wg.Add(len(s.listeners) + len(s.secure.listeners) + 1)
+	s.mu.Unlock()
 	for _, l := range s.listeners {
-		s.wg.Add(1)
 		go s.accept(l, s.serveConn)
 	}
 	s.serveSecure()
-	s.wg.Add(1)
 	go s.serveHTTP()
 	select {
 	case <-ctx.Done():
@@ -402,7 +408,9 @@ func (s *Server) Shutdown(ctx context.Context) error {
 }
 
 func (s *Server) shutdown(ctx context.Context) error {
+	s.mu.Lock()
 	s.draining.Store(true)
+	s.mu.Unlock()
 	close(s.quit)
 	s.closeListeners()
 	s.eachPending((*pending).closeUnused)

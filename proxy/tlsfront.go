@@ -99,10 +99,9 @@ func (s *Server) SetTLS(id TLSIdentity) {
 // Config.TLS.Listen.
 func (s *Server) TLSAddrs() []netip.AddrPort { return s.secure.addrs }
 
-// serveSecure starts to accept.
+// serveSecure starts to accept. Serve has counted the goroutines.
 func (s *Server) serveSecure() {
 	for _, l := range s.secure.listeners {
-		s.wg.Add(1)
 		go s.accept(l, s.serveTLSConn)
 	}
 }
