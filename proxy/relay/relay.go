@@ -117,10 +117,23 @@ func (e End) String() string {
 // Close.
 func Relay(client, upstream net.Conn, o Options) Result {
 	t := newTunnel(client, upstream, o)
-	t.second.Go(t.up.run)
+	t.second.Go(t.runUp)
 	t.down.run()
 	t.second.Wait()
+	if t.panicked != nil {
+		panic(t.panicked) // where the caller can recover
+	}
 	return t.result()
+}
+
+// runUp runs the second direction. What panics there ends the tunnel, not the process.
+func (t *tunnel) runUp() {
+	defer func() {
+		if t.panicked = recover(); t.panicked != nil {
+			t.cut()
+		}
+	}()
+	t.up.run()
 }
 
 // side is one of the two connections of a tunnel.
@@ -141,6 +154,7 @@ type tunnel struct {
 	idle             time.Duration
 	up, down         half
 	second           sync.WaitGroup // the goroutine of up
+	panicked         any            // what up panicked with; read once second is done
 
 	start time.Time    // of the tunnel, with the monotonic clock
 	last  atomic.Int64 // when a byte last moved, ns after start

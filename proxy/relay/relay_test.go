@@ -515,3 +515,34 @@ func TestEndStrings(t *testing.T) {
 		}
 	}
 }
+
+// faulty panics when it is read.
+type faulty struct{ net.Conn }
+
+func (faulty) Read([]byte) (int, error) { panic("a mistake") }
+
+// A panic in either direction reaches the caller, who can recover.
+func TestPanicReachesTheCaller(t *testing.T) {
+	for name, broken := range map[string]func(a, b net.Conn) (client, upstream net.Conn){
+		"up":   func(a, b net.Conn) (net.Conn, net.Conn) { return faulty{a}, b },
+		"down": func(a, b net.Conn) (net.Conn, net.Conn) { return a, faulty{b} },
+	} {
+		a, farA := net.Pipe()
+		b, farB := net.Pipe()
+		if name == "down" { // which is the caller's own: the other direction ends as its client goes
+			farA.Close()
+		}
+		func() {
+			defer func() {
+				if p := recover(); p != "a mistake" {
+					t.Errorf("%s: recovered %v", name, p)
+				}
+			}()
+			client, upstream := broken(a, b)
+			Relay(client, upstream, Options{})
+		}()
+		for _, c := range []net.Conn{a, b, farA, farB} {
+			c.Close()
+		}
+	}
+}
