@@ -45,27 +45,34 @@ func (t *tunnel) start(generation uint64) {
 	go t.run()
 }
 
+// run keeps its frame small: it is on the stack as long as the tunnel lives.
 func (t *tunnel) run() {
-	defer t.s.wg.Done()
-	defer t.s.recovered(t.client)
-	ended := false
-	defer func() {
-		if !ended {
-			t.abandon()
-		}
-	}()
-	r := relay.Relay(t.client, t.upstream, relay.Options{Idle: t.s.cfg.Timeouts.Idle, Up: &t.up, Down: &t.down})
+	defer t.over()
+	t.relayed(relay.Relay(t.client, t.upstream, relay.Options{Idle: t.s.cfg.Timeouts.Idle, Up: &t.up, Down: &t.down}))
+}
+
+// relayed ends t in good order.
+func (t *tunnel) relayed(r relay.Result) {
 	if r.End != relay.ClientClosed && r.End != relay.UpstreamClosed {
 		abort(t.client)
 	}
 	t.client.Close()
 	t.upstream.Close()
 	t.s.descriptors.release()
-	ended = true
 	t.end(describe(r))
 }
 
-// abandon takes t out of the registry after a panic. There is no event.
+// over, deferred, lets the server go on without t. After a panic there is no event.
+func (t *tunnel) over() {
+	defer t.s.wg.Done()
+	if v := recover(); v != nil {
+		t.s.crashed(v)
+		abort(t.client)
+		t.abandon()
+	}
+}
+
+// abandon takes t out of the registry after a panic.
 func (t *tunnel) abandon() {
 	t.cut()
 	t.s.tunnels.remove(t)
@@ -216,11 +223,16 @@ func (ts *tunnels) detach(t *tunnel) {
 // remove forgets t, gives its place back and keeps the sum of its bytes.
 func (ts *tunnels) remove(t *tunnel) {
 	ts.mu.Lock()
-	delete(ts.live, t)
-	ts.up += t.up.Load()
-	ts.down += t.down.Load()
+	_, there := ts.live[t]
+	if there {
+		delete(ts.live, t)
+		ts.up += t.up.Load()
+		ts.down += t.down.Load()
+	}
 	ts.mu.Unlock()
-	ts.release(t.place)
+	if there {
+		ts.release(t.place)
+	}
 }
 
 // each calls f with every live tunnel, without the lock.
