@@ -45,7 +45,8 @@ type outcome struct {
 }
 
 // answer appends to dst the answer to packet and fills o, or returns false to leave
-// packet to Server.serve. It keeps neither. The client's way back is not used.
+// packet to Server.serve. It keeps neither. The client's way back is not used. Who reads
+// packets has the hosts file refreshed first, once for all of a batch.
 func (f *fast) answer(dst, packet []byte, c client, now time.Time, o *outcome) ([]byte, bool) {
 	s, q := f.s, &f.q
 	f.missed = false
@@ -142,7 +143,6 @@ func (f *fast) cached(dst []byte, req policy.Request, c client, now time.Time, o
 			return f.nodata(dst, o), true
 		}
 	}
-	s.resolver.refreshHosts()
 	if s.resolver.hosts.mayHave(q.Name.Bytes(), q.Type) {
 		return dst, false
 	}

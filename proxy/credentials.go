@@ -95,7 +95,7 @@ func (c *credentials) init(a Auth) {
 	c.challenge = `Basic realm="` + cmp.Or(a.Realm, defaultRealm) + `", charset="UTF-8"`
 	rand.Read(c.key[:])
 	c.verifying = make(chan struct{}, maxVerifying)
-	c.attempts.m = make(map[netip.Prefix]attempt)
+	c.attempts.m = make(map[netip.Addr]attempt)
 	if a.Users != nil {
 		c.set(a.Users)
 	}
@@ -173,7 +173,7 @@ func (b *book) leave(d digest, f *flight) {
 // try spends one of the source's attempts, which is given back unless it was wrong,
 // and a processor for a while.
 func (c *credentials) try(f *htpasswd.File, source netip.Addr, user, password string, stop <-chan struct{}) error {
-	from := attempter(source)
+	from := limitKey(source)
 	if !c.attempts.take(from, time.Now()) {
 		return errTooManyAttempts
 	}
@@ -214,8 +214,8 @@ func (c *credentials) await(stop <-chan struct{}) error {
 
 // attempts counts wrong credentials by source.
 type attempts struct {
-	mu sync.Mutex // guards m
-	m  map[netip.Prefix]attempt
+	mu sync.Mutex             // guards m
+	m  map[netip.Addr]attempt // by limitKey
 }
 
 // attempt is what a source has spent. It gets one back in attemptEvery.
@@ -224,19 +224,8 @@ type attempt struct {
 	at    time.Time // when spent was true
 }
 
-// attempter returns who a counts as: one IPv4 address, or one IPv6 network, for a
-// host has as many addresses of it as it likes.
-func attempter(a netip.Addr) netip.Prefix {
-	bits := a.BitLen()
-	if a.Is6() {
-		bits = 64
-	}
-	p, _ := a.Prefix(bits) // fails for the zero Addr, which then is one source
-	return p
-}
-
 // take spends an attempt, if there is one.
-func (as *attempts) take(from netip.Prefix, now time.Time) bool {
+func (as *attempts) take(from netip.Addr, now time.Time) bool {
 	as.mu.Lock()
 	defer as.mu.Unlock()
 	a := as.m[from].after(now)
@@ -252,7 +241,7 @@ func (as *attempts) take(from netip.Prefix, now time.Time) bool {
 }
 
 // giveBack undoes take.
-func (as *attempts) giveBack(from netip.Prefix) {
+func (as *attempts) giveBack(from netip.Addr) {
 	as.mu.Lock()
 	defer as.mu.Unlock()
 	a := as.m[from]

@@ -371,15 +371,15 @@ func TestGuessing(t *testing.T) {
 	check(src, "bert", theSecret+"bert", errTooManyAttempts)
 	check(other, "bert", theSecret+"bert", nil) // others are unharmed
 	check(src, "bert", theSecret+"bert", nil)
-	if a := c.attempts.m[attempter(src)].after(time.Now().Add(2 * attemptEvery)); a.spent != maxAttempts-2 {
+	if a := c.attempts.m[limitKey(src)].after(time.Now().Add(2 * attemptEvery)); a.spent != maxAttempts-2 {
 		t.Errorf("after a while: %+v", a)
 	}
-	if a := c.attempts.m[attempter(src)].after(time.Now().Add(1000 * attemptEvery)); a.spent != 0 {
+	if a := c.attempts.m[limitKey(src)].after(time.Now().Add(1000 * attemptEvery)); a.spent != 0 {
 		t.Errorf("after a long while: %+v", a)
 	}
 	for i := range 2 * maxAttemptSources {
 		a := netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)})
-		c.attempts.take(attempter(a), time.Now())
+		c.attempts.take(limitKey(a), time.Now())
 	}
 	if n := len(c.attempts.m); n > maxAttemptSources {
 		t.Errorf("%d sources are counted", n)

@@ -97,6 +97,7 @@ func (g *gate) reloadPolicy() error {
 	if p.Revision() != g.store.Revision() {
 		g.store.Swap(p)
 	}
+	g.status.fellBack(false) // whatever else may be wrong
 	g.keep()
 	tidy(p)
 	return nil
@@ -143,6 +144,7 @@ func (g *gate) first(p *policy.Policy, err error) error {
 	switch {
 	case lastErr == nil:
 		g.store.Swap(last)
+		tidy(last)
 		g.logger.Error().Str("policy", last.Revision()).Time("written", written).Msg("the last good policy is in force, for that of policy.source cannot be used")
 	case mistakes:
 		return usageError(fmt.Errorf("%w\n%w", err, lastErr))
@@ -193,7 +195,6 @@ func (s *status) reloaded(revision string, err error, at time.Time) {
 		s.policy.Revision, s.policy.LoadedAt = revision, at
 	}
 	s.policy.LastReload = admin.Reload{OK: err == nil, At: at}
-	s.policy.LastGood = s.policy.LastGood && err != nil
 	if err != nil {
 		s.policy.LastReload.Error = err.Error()
 	}

@@ -35,7 +35,8 @@ func TestLastGoodPolicy(t *testing.T) {
 	}
 
 	// Neither the list nor the policy is there.
-	g = start(t, w, text, append(setting, "--set", "policy.source="+filepath.Join(t.TempDir(), "policy.yaml"))...)
+	source := filepath.Join(t.TempDir(), "policy.yaml")
+	g = start(t, w, text, append(setting, "--set", "policy.source="+source)...)
 	r := g.ready()
 	if r.Policy.Revision != revision || !r.Policy.LastGood || r.Policy.LastReload.OK || !strings.Contains(r.Policy.LastReload.Error, "no such file") {
 		t.Errorf("/readyz with the last good policy: %+v, want revision %s", r, revision)
@@ -44,6 +45,17 @@ func TestLastGoodPolicy(t *testing.T) {
 	wants(t, "metrics", g.metrics(), "sallyport_policy_last_reload_success 0")
 	wants(t, "allowed by the last good policy", g.dig("127.0.0.1", "api.ok.test"), "status: NOERROR")
 	wants(t, "not in the last good policy", g.dig("127.0.0.1", "evil.test"), "status: REFUSED")
+
+	// The source is back, while the settings have a mistake.
+	g.write("sallyport.yaml", "mistake: 1\n")
+	if err := os.WriteFile(source, []byte(policyText(w, "")), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	g.signal(syscall.SIGHUP)
+	g.until("the policy of the source", func() bool {
+		r := g.ready()
+		return r.Policy.Revision != revision && !r.Policy.LastGood
+	})
 	g.signal(syscall.SIGTERM)
 	g.wait()
 
