@@ -38,7 +38,7 @@ func unmapPrefixes(ps []netip.Prefix) []netip.Prefix {
 // logged.
 func (s *Server) introduce(p *pending, buf []byte, start time.Time) (who asker, rest []byte, ok bool) {
 	who.AddrPort = remoteAddr(p.conn)
-	if !slices.ContainsFunc(s.cfg.ProxyProtocol.Trusted, func(t netip.Prefix) bool { return t.Contains(who.Addr()) }) {
+	if !s.speaksForOthers(who.Addr()) {
 		return who, buf, true
 	}
 	h, rest, err := proxyproto.Read(p.conn, buf)
@@ -94,16 +94,22 @@ const hurry = time.Second
 // are closed at once.
 const maxHurried = 256
 
-// countIn counts a new connection, and returns which limit it exceeds, or nil.
-func (s *Server) countIn(p *pending, who asker, now time.Time) error {
-	if s.rates.exceeded(who.Addr(), now) {
-		return errTooFast
+// count counts a new connection from source, and returns what the crowd knows it by,
+// or which limit it exceeds.
+func (s *Server) count(source netip.Addr, now time.Time) (counted netip.Addr, tooMany error) {
+	if s.rates.exceeded(source, now) {
+		return netip.Addr{}, errTooFast
 	}
-	var ok bool
-	if p.counted, ok = s.crowd.enter(who.Addr()); !ok {
-		return errTooManyConnections
+	counted, ok := s.crowd.enter(source)
+	if !ok {
+		return netip.Addr{}, errTooManyConnections
 	}
-	return nil
+	return counted, nil
+}
+
+// speaksForOthers reports whether connections from peer begin with who asks.
+func (s *Server) speaksForOthers(peer netip.Addr) bool {
+	return slices.ContainsFunc(s.cfg.ProxyProtocol.Trusted, func(t netip.Prefix) bool { return t.Contains(peer) })
 }
 
 // refuseTooMany answers the request with head h from a client that has opened too

@@ -41,10 +41,11 @@ type connect struct {
 	ev         event.Event
 	request    policy.Request
 	decision   policy.Decision
-	generation uint64 // of the policy that decision is from, or an older one
-	place      *place // among the tunnels, or nil
-	answered   bool   // the 200 was sent
-	said       int64  // bytes that the client got from the far side before the relay
+	generation uint64    // of the policy that decision is from, or an older one
+	place      *place    // among the tunnels, or nil
+	answered   bool      // the 200 was sent
+	since      time.Time // when, if the client's first bytes were waited for before; zero: that begins now
+	said       int64     // bytes that the client got from the far side before the relay
 }
 
 // serveConnect serves the CONNECT with head h, which arrived at start. It returns
@@ -52,30 +53,41 @@ type connect struct {
 // client, which was asked for credentials, may send another request. early is what
 // the client sent after the head; its spare capacity is used for reading.
 func (s *Server) serveConnect(client net.Conn, source asker, start time.Time, h *head, early []byte) (again bool) {
-	c := &connect{s: s, client: client, json: h.json, early: early}
+	c := &connect{early: early}
+	s.begin(c, client, source, start, h)
 	// What came after the head may belong to the tunnel that there will not be.
 	c.keep = h.minor == '1' && len(early) == 0
 	defer c.release()
-	c.ev = s.newEvent(event.Connect, source, start)
-	c.ev.Listener = listenerOf(client)
-	c.ev.Method = http.MethodConnect
-	c.ev.UserAgent = clip(string(h.userAgent))
-	c.request = policy.Request{Source: source.Addr(), Time: start}
-
 	upstream, r := c.open(h)
 	if r != nil {
 		c.refuse(r)
 		return c.again
 	}
+	c.establish(upstream)
+	return false
+}
+
+// begin makes c the CONNECT with head h. client may come later, if source speaks for
+// itself.
+func (s *Server) begin(c *connect, client net.Conn, source asker, start time.Time, h *head) {
+	c.s, c.client, c.json = s, client, h.json
+	c.ev = s.newEvent(event.Connect, source, start)
+	c.ev.Listener = listenerOf(client)
+	c.ev.Method = http.MethodConnect
+	c.ev.UserAgent = clip(string(h.userAgent))
+	c.request = policy.Request{Source: source.Addr(), Time: start}
+}
+
+// establish sends the 200 and does everything after it. It takes over upstream.
+func (c *connect) establish(upstream net.Conn) {
 	if err := c.accept(); err != nil {
 		upstream.Close()
 		c.gone(err)
-		return false
+		return
 	}
 	c.answered = true
 	c.ev.Status = http.StatusOK
 	c.serve(upstream)
-	return false
 }
 
 // accept sends the 200.
@@ -90,31 +102,7 @@ func (c *connect) accept() error {
 // open does everything up to the 200: it finds out who asks, decides, and connects
 // to the far side.
 func (c *connect) open(h *head) (net.Conn, *refusal) {
-	target := string(h.target)
-	name, addr, port, err := policy.ParseAuthority(target)
-	if err != nil {
-		c.ev.Name = shown(target)
-		return nil, badRequest(c.decision, err)
-	}
-	c.request.Name, c.request.Address, c.request.Port = name, addr.Unmap(), port
-	c.ev.Name, c.ev.Port = destination(name, c.request.Address), port
-	if err := hostMismatch(string(h.host), target); err != nil {
-		c.ev.Error = err.Error()
-	}
-	if r := c.identify(h); r != nil {
-		return nil, r
-	}
-	if c.decide(); !c.decision.Passes() {
-		return nil, c.s.deniedTo(&c.who, c.decision)
-	}
-	if h.looped {
-		return nil, loopedBack(c.decision)
-	}
-	if c.s.draining.Load() {
-		return nil, limited(c.decision, http.StatusServiceUnavailable, errDraining)
-	}
-	var r *refusal
-	if c.place, r = c.s.tunnels.reserve(c.request.Source, c.decision); r != nil {
+	if r := c.ask(h); r != nil {
 		return nil, r
 	}
 	conn, t, r := c.s.reach(c.s.life, c.request, c.decision, string(h.via))
@@ -125,6 +113,36 @@ func (c *connect) open(h *head) (net.Conn, *refusal) {
 	c.request, c.decision = t.request, t.decision
 	c.ev.Destination = remoteAddr(conn)
 	return conn, nil
+}
+
+// ask finds out who asks and decides, as far as that can be done without the far side.
+// It takes a place among the tunnels.
+func (c *connect) ask(h *head) (r *refusal) {
+	target := string(h.target)
+	name, addr, port, err := policy.ParseAuthority(target)
+	if err != nil {
+		c.ev.Name = shown(target)
+		return badRequest(c.decision, err)
+	}
+	c.request.Name, c.request.Address, c.request.Port = name, addr.Unmap(), port
+	c.ev.Name, c.ev.Port = destination(name, c.request.Address), port
+	if err := hostMismatch(string(h.host), target); err != nil {
+		c.ev.Error = err.Error()
+	}
+	if r := c.identify(h); r != nil {
+		return r
+	}
+	if c.decide(); !c.decision.Passes() {
+		return c.s.deniedTo(&c.who, c.decision)
+	}
+	if h.looped {
+		return loopedBack(c.decision)
+	}
+	if c.s.draining.Load() {
+		return limited(c.decision, http.StatusServiceUnavailable, errDraining)
+	}
+	c.place, r = c.s.tunnels.reserve(c.request.Source, c.decision)
+	return r
 }
 
 // identify finds out who asks.
@@ -214,7 +232,10 @@ var errLeft = errors.New("the client closed before it said anything")
 // inspect reads what the client says first, as far as it must be known, and
 // decides about it. Deadline and size are bounded in all; see timeouts.client_hello.
 func (c *connect) inspect() (firstBytes, *refusal) {
-	start := time.Now()
+	start := c.since
+	if start.IsZero() {
+		start = time.Now()
+	}
 	whole := start.Add(c.s.cfg.Timeouts.ClientHello)
 	begin := whole
 	if c.decision.Verdict == policy.Observe {
@@ -352,31 +373,40 @@ func (c *connect) gone(err error) {
 // the CONNECT. Nothing went to the far side.
 func (c *connect) refuse(r *refusal) {
 	c.client.SetWriteDeadline(time.Now().Add(answerTime))
-	switch {
-	case !c.answered:
-		c.ev.Status = r.status
+	if !c.answered {
 		c.again = c.keep && r.status == http.StatusProxyAuthRequired && !c.s.draining.Load()
-		c.sendAnswer(r, true)
-	case c.request.Protocol == policy.ProtocolTLS:
-		c.client.Write(alertRecord(r.alert()))
-	case c.request.Protocol == policy.ProtocolHTTP:
-		c.sendAnswer(r, false)
-	} // in other protocols there is no way to say why
+	}
+	if st, ok := c.client.(*http2Stream); ok && !c.answered {
+		c.ev.Status = r.status
+		st.refuse(c.answer(r))
+	} else if said := c.words(r); len(said) > 0 {
+		c.client.Write(said)
+	}
 	c.finish(r.decision, r.err)
 	if !c.again {
 		closeGently(c.client, make([]byte, 512))
 	}
 }
 
-// sendAnswer writes an HTTP answer to the client, before or inside the tunnel.
-func (c *connect) sendAnswer(r *refusal, connect bool) {
+// words returns what the client is told of r: an HTTP answer, before or inside the
+// tunnel, or an alert, or nothing.
+func (c *connect) words(r *refusal) []byte {
+	switch {
+	case !c.answered:
+		c.ev.Status = r.status
+	case c.request.Protocol == policy.ProtocolTLS:
+		return alertRecord(r.alert())
+	case c.request.Protocol != policy.ProtocolHTTP:
+		return nil // there is no way to say why
+	}
+	return c.answer(r).append(make([]byte, 0, 1024), r.phrase(!c.answered))
+}
+
+// answer returns what an HTTP client is told of r.
+func (c *connect) answer(r *refusal) *answer {
 	a := c.s.answer(r, &c.ev, c.json)
 	a.keep = c.again
-	if st, ok := c.client.(*http2Stream); ok && connect {
-		st.refuse(a)
-		return
-	}
-	c.client.Write(a.append(make([]byte, 0, 1024), r.phrase(connect)))
+	return a
 }
 
 // finish emits the event of a CONNECT that became no tunnel.

@@ -87,7 +87,12 @@ func (d *descriptors) spent(c net.Conn) bool {
 	}
 	fd := -1
 	control(c, func(n uintptr) { fd = int(n) })
-	return fd >= 0 && d.left(fd) < -d.reserve()/2
+	return d.spentAt(fd)
+}
+
+// spentAt is spent for the descriptor fd; -1: it is not known.
+func (d *descriptors) spentAt(fd int) bool {
+	return d.scarce.Load() && fd >= 0 && d.left(fd) < -d.reserve()/2
 }
 
 // release says that a connection was closed.
@@ -142,7 +147,19 @@ func (l *lookout) enough(c net.Conn) (enough, recovered bool) {
 	if l.fd < 0 {
 		return true, false
 	}
-	left, reserve := l.d.left(l.fd), l.d.reserve()
+	return l.look(l.fd)
+}
+
+// enoughAt is enough for the descriptor fd.
+func (l *lookout) enoughAt(fd int) (enough, recovered bool) {
+	if l.skip--; l.skip >= 0 {
+		return true, false
+	}
+	return l.look(fd)
+}
+
+func (l *lookout) look(fd int) (enough, recovered bool) {
+	left, reserve := l.d.left(fd), l.d.reserve()
 	if left <= reserve {
 		l.calm, l.skip = 0, 0
 		l.d.scarce.Store(true)

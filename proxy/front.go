@@ -60,7 +60,14 @@ func (s *Server) front(p *pending, buf []byte) {
 	if !ok {
 		return
 	}
-	tooMany := s.countIn(p, source, start)
+	var tooMany error
+	p.counted, tooMany = s.count(source.Addr(), start)
+	s.proceed(p, source, start, tooMany, buf)
+}
+
+// proceed reads the first head of a connection from source, of which buf may hold the
+// start. tooMany says that there are too many of that source.
+func (s *Server) proceed(p *pending, source asker, start time.Time, tooMany error, buf []byte) {
 	if tooMany != nil {
 		defer s.hurried.Add(-1)
 		if s.hurried.Add(1) > maxHurried {

@@ -59,7 +59,11 @@ func readHead(r io.Reader, b []byte, limit int) (all []byte, n int, err error) {
 		if err := checkStart(b); err != nil {
 			return b, 0, err
 		}
-		if n, err := l.end(b, false); n > 0 || err != nil {
+		n, err := l.end(b, false)
+		if n > limit {
+			return b, 0, errHeadTooBig
+		}
+		if n > 0 || err != nil {
 			return b, n, err
 		}
 		if len(b) >= limit {

@@ -42,6 +42,10 @@ type Config struct {
 	// it is private; nil: none is. It fills policy.Request.PrivateZone.
 	PrivateZone func(policy.Name, netip.Addr) bool
 
+	// Known returns the addresses of a name that are known without asking anybody, or
+	// nil; it never blocks. Then Resolver is not asked. nil: none are known.
+	Known func(policy.Name) []netip.Addr
+
 	Observer event.Observer // told of every event; nil: nobody
 	Logger   zerolog.Logger // for what someone should act on; the zero value is silent
 	HelpURL  string         // shown to refused clients: where to ask for access; "": nothing
@@ -143,6 +147,8 @@ type Server struct {
 	hurried     atomic.Int64 // connections that these two refuse, at the moment
 	descriptors *descriptors
 
+	lanes     []*lane
+	laneWG    sync.WaitGroup // goroutines of lanes
 	listeners []net.Listener
 	addrs     []netip.AddrPort // of listeners
 	own       []netip.AddrPort // of this process: no request may reach them
@@ -291,10 +297,15 @@ func (s *Server) Serve(ctx context.Context) error {
 		return nil
 	}
 	s.wg.Add(len(s.listeners) + len(s.secure.listeners) + 1)
-	s.mu.Unlock()
 	for _, l := range s.listeners {
-		go s.accept(l, s.serveConn)
+		if s.useLanes(l) {
+			s.wg.Done()
+		} else {
+			go s.accept(l, s.serveConn)
+		}
 	}
+	s.mu.Unlock()
+	s.startLanes()
 	s.serveSecure()
 	go s.serveHTTP()
 	select {
@@ -413,6 +424,7 @@ func (s *Server) shutdown(ctx context.Context) error {
 	s.mu.Unlock()
 	close(s.quit)
 	s.closeListeners()
+	s.eachLane((*lane).closeDoors)
 	s.eachPending((*pending).closeUnused)
 	drain, cancel := context.WithTimeout(ctx, s.cfg.Timeouts.Drain)
 	defer cancel()
@@ -427,6 +439,8 @@ func (s *Server) shutdown(ctx context.Context) error {
 	if !stop() {
 		<-cut
 	}
+	s.eachLane((*lane).stop)
+	s.laneWG.Wait()
 	s.cut()
 	s.pools.retire()
 	return ctx.Err()
@@ -439,6 +453,7 @@ func (s *Server) cutAll() {
 		abort(p.conn)
 		p.conn.Close()
 	})
+	s.eachLane((*lane).cutAll)
 	s.tunnels.each((*tunnel).cut)
 	s.http.Close()
 }
@@ -450,7 +465,7 @@ func (s *Server) Stats() Stats {
 	pending := len(s.pending)
 	s.mu.Unlock()
 	return Stats{
-		Connections: n + pending + int(s.httpConns.Load()), Tunnels: n,
+		Connections: n + pending + s.inLanes() + int(s.httpConns.Load()), Tunnels: n,
 		BytesUp: up + s.httpUp.Load(), BytesDown: down + s.httpDown.Load(),
 		AcceptErrors: s.acceptErrors.Load(), AcceptPauses: s.descriptors.pauses.Load(), Panics: s.panics.Load(),
 	}

@@ -212,7 +212,8 @@ func (s *Server) handshake(p *pending) *tls.Conn {
 	if !ok {
 		return nil
 	}
-	if tooMany := s.countIn(p, source, start); tooMany != nil {
+	var tooMany error
+	if p.counted, tooMany = s.count(source.Addr(), start); tooMany != nil {
 		s.dropTooMany(p, source, start, tooMany)
 		return nil
 	}

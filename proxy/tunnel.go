@@ -31,19 +31,22 @@ type tunnel struct {
 	then     func()       // called after the end, unless nil
 
 	revoked atomic.Pointer[policy.Decision] // what a later policy said
+	passage atomic.Pointer[passage]         // that relays its bytes, without client and upstream; nil: a goroutine does
 }
 
 // start registers t and relays its bytes in a goroutine of its own, so that the
 // caller's stack, grown while the tunnel was set up, is not kept. generation is
 // the policy generation that t was decided under. t owns its connections.
 func (t *tunnel) start(generation uint64) {
-	// The rule's ID may be cut from the memory of a whole policy, which would then live
-	// as long as t.
-	t.ev.Decision.Rule = strings.Clone(t.ev.Decision.Rule)
+	t.prepare()
 	t.s.wg.Add(1)
 	t.s.register(t, generation)
 	go t.run()
 }
+
+// prepare lets go of what is not t's. The rule's ID may be cut from the memory of a
+// whole policy, which would then live as long as t.
+func (t *tunnel) prepare() { t.ev.Decision.Rule = strings.Clone(t.ev.Decision.Rule) }
 
 // run keeps its frame small: it is on the stack as long as the tunnel lives.
 func (t *tunnel) run() {
@@ -107,6 +110,13 @@ func (t *tunnel) end(problem string) {
 
 // cut ends t from any goroutine: its owner notices, closes and reports.
 func (t *tunnel) cut() {
+	if p := t.passage.Load(); p != nil {
+		p.cut(t)
+		return
+	}
+	if t.client == nil {
+		return // it has ended in a passage
+	}
 	abort(t.client)
 	t.client.Close()
 	if t.upstream != nil {

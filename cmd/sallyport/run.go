@@ -183,8 +183,8 @@ func (g *gate) proxyConfig() proxy.Config {
 	s := g.settings.Proxy
 	return proxy.Config{
 		Decider: &g.store, Resolver: g.resolver, Observer: g.observer, Logger: g.logger,
-		PrivateZone: g.resolver.PrivateZone,
-		Listen:      s.Listen, HelpURL: s.HelpURL, PACDirect: s.PAC.Direct,
+		PrivateZone: g.resolver.PrivateZone, Known: g.resolver.Known,
+		Listen: s.Listen, HelpURL: s.HelpURL, PACDirect: s.PAC.Direct,
 		Auth: proxy.Auth{
 			Users: g.users, Realm: s.Auth.Realm, Required: s.Auth.Required,
 			HasUsers: func() bool { p := g.store.Policy(); return p != nil && p.HasUsers() },

@@ -20,8 +20,9 @@ const (
 	// maxAddresses bounds how many of a name's addresses are tried.
 	maxAddresses = 16
 
-	// stagger is the Connection Attempt Delay (RFC 8305, section 5).
-	stagger = 250 * time.Millisecond
+	// Stagger is how long an attempt is waited for before the next address is tried
+	// beside it: the Connection Attempt Delay (RFC 8305, section 5).
+	Stagger = 250 * time.Millisecond
 )
 
 // keepAlive finds peers that vanished without a word within two minutes.
@@ -78,17 +79,23 @@ func (d *Dialer) Resolve(ctx context.Context, name string) ([]netip.Addr, error)
 	if err != nil {
 		return nil, fmt.Errorf("resolve %s: %w", name, err)
 	}
-	addrs := make([]netip.Addr, 0, min(len(found), maxAddresses))
+	addrs := Distinct(found)
+	if len(addrs) == 0 {
+		return nil, fmt.Errorf("resolve %s: %w", name, ErrNoAddress)
+	}
+	return addrs, nil
+}
+
+// Distinct returns each address of found once, unmapped, without zones, at most 16 of
+// them, in a slice of its own; nil if there is none.
+func Distinct(found []netip.Addr) (addrs []netip.Addr) {
 	for _, a := range found {
 		a = a.Unmap().WithZone("")
 		if a.IsValid() && !slices.Contains(addrs, a) && len(addrs) < maxAddresses {
 			addrs = append(addrs, a)
 		}
 	}
-	if len(addrs) == 0 {
-		return nil, fmt.Errorf("resolve %s: %w", name, ErrNoAddress)
-	}
-	return addrs, nil
+	return addrs
 }
 
 // Dial connects to one of addrs: IPv6 and IPv4 take turns, the next address is
@@ -109,7 +116,7 @@ func (d *Dialer) Dial(ctx context.Context, addrs []netip.AddrPort) (net.Conn, er
 	case 1:
 		return d.attempt(ctx, addrs[0])
 	}
-	r := race{d: d, addrs: interleave(addrs), results: make(chan result)}
+	r := race{d: d, addrs: Interleave(addrs), results: make(chan result)}
 	return r.run(ctx)
 }
 
@@ -141,9 +148,9 @@ func (d *Dialer) attempt(ctx context.Context, a netip.AddrPort) (net.Conn, error
 	return nd.DialContext(ctx, "tcp", a.String())
 }
 
-// interleave orders addrs so that the families take turns, IPv6 first, otherwise
+// Interleave orders addrs so that the families take turns, IPv6 first, otherwise
 // in the order given (RFC 8305, section 4).
-func interleave(addrs []netip.AddrPort) []netip.AddrPort {
+func Interleave(addrs []netip.AddrPort) []netip.AddrPort {
 	var six, four []netip.AddrPort
 	for _, a := range addrs {
 		if a.Addr().Is4() {
@@ -185,13 +192,13 @@ func (r *race) run(ctx context.Context) (winner net.Conn, err error) {
 	defer cancel()
 	var lost []error
 	r.start(ctx)
-	next := time.NewTimer(stagger)
+	next := time.NewTimer(Stagger)
 	defer next.Stop()
 	for r.running > 0 {
 		select {
 		case <-next.C:
 			r.start(ctx)
-			next.Reset(stagger)
+			next.Reset(Stagger)
 		case got := <-r.results:
 			r.running--
 			switch {
@@ -199,7 +206,7 @@ func (r *race) run(ctx context.Context) (winner net.Conn, err error) {
 				lost = append(lost, got.err)
 				if winner == nil && ctx.Err() == nil {
 					r.start(ctx)
-					next.Reset(stagger)
+					next.Reset(Stagger)
 				}
 			case winner != nil:
 				got.conn.Close()

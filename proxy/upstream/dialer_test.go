@@ -63,7 +63,7 @@ func ports(ss ...string) (out []netip.AddrPort) {
 }
 
 func TestInterleave(t *testing.T) {
-	got := interleave(ports("192.0.2.1", "192.0.2.2", "192.0.2.3", "2001:db8::1", "2001:db8::2"))
+	got := Interleave(ports("192.0.2.1", "192.0.2.2", "192.0.2.3", "2001:db8::1", "2001:db8::2"))
 	if want := ports("2001:db8::1", "192.0.2.1", "2001:db8::2", "192.0.2.2", "192.0.2.3"); !slices.Equal(got, want) {
 		t.Errorf("%v", got)
 	}
