@@ -233,7 +233,7 @@ var errLeft = errors.New("the client closed before it said anything")
 // decides about it. Deadline and size are bounded in all; see timeouts.client_hello.
 func (c *connect) inspect() (firstBytes, *refusal) {
 	start := c.since
-	if start.IsZero() {
+	if c.since = (time.Time{}); start.IsZero() {
 		start = time.Now()
 	}
 	whole := start.Add(c.s.cfg.Timeouts.ClientHello)
