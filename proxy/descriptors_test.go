@@ -222,9 +222,9 @@ func TestT66NoDescriptorForTheDestination(t *testing.T) {
 // A resolver or a dial that gets no descriptor is a 503, not the far side's fault.
 func TestT66ExhaustedIsNoGatewayError(t *testing.T) {
 	g := start(t, tcpPolicy(443))
-	g.resolver.hook = func(context.Context, string) ([]netip.Addr, error) {
+	g.resolver.intercept(func(context.Context, string) ([]netip.Addr, error) {
 		return nil, &net.DNSError{UnwrapErr: &net.OpError{Op: "dial", Err: os.NewSyscallError("socket", syscall.EMFILE)}, Name: "a.ok.test"}
-	}
+	})
 	status, reason, _ := g.refused("a.ok.test:443")
 	if status != 503 || reason != "limit_exceeded" {
 		t.Errorf("%d %s", status, reason)

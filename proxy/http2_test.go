@@ -570,13 +570,13 @@ func TestHTTP2RapidReset(t *testing.T) {
 	o := listen(t, "127.0.0.1:0")
 	g := start(t, doorPolicy(o.port()), withTLS())
 	release := make(chan struct{})
-	g.resolver.hook = func(ctx context.Context, _ string) ([]netip.Addr, error) {
+	g.resolver.intercept(func(ctx context.Context, _ string) ([]netip.Addr, error) {
 		select {
 		case <-release:
 		case <-ctx.Done():
 		}
 		return nil, errors.New("no address")
-	}
+	})
 	f := g.framed()
 	go func() { // until the proxy has had enough
 		for id := uint32(1); ; id += 2 {

@@ -91,12 +91,12 @@ func TestT38Rebinding(t *testing.T) {
 			keys = ""
 		}
 		g := start(t, policyFor(keys, good.port()), func(c *Config) { c.Decider = only{c.Decider, good.addr.Addr()} })
-		g.resolver.hook = func(context.Context, string) ([]netip.Addr, error) {
+		g.resolver.intercept(func(context.Context, string) ([]netip.Addr, error) {
 			if g.resolver.asked.Load() == 1 {
 				return []netip.Addr{good.addr.Addr()}, nil
 			}
 			return []netip.Addr{bad.addr.Addr()}, nil
-		}
+		})
 		c := g.dial()
 		c.send(target, good.port())
 		good.accept(t).Close()
@@ -117,13 +117,13 @@ func TestT34FarSideFails(t *testing.T) {
 	g := start(t, policyFor("", dead.port()), func(c *Config) { c.Timeouts.Connect = 500 * time.Millisecond })
 	g.resolver.set("refuses.ok.test", "127.0.0.3", "127.0.0.4")
 	g.resolver.set("empty.ok.test")
-	g.resolver.hook = func(ctx context.Context, host string) ([]netip.Addr, error) {
+	g.resolver.intercept(func(ctx context.Context, host string) ([]netip.Addr, error) {
 		if host == "slow.ok.test" {
 			<-ctx.Done()
 			return nil, ctx.Err()
 		}
 		return nil, nil
-	}
+	})
 	for _, tt := range []struct {
 		host   string
 		status int

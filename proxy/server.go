@@ -462,10 +462,10 @@ func (s *Server) cutAll() {
 func (s *Server) Stats() Stats {
 	n, up, down := s.tunnels.sum()
 	s.mu.Lock()
-	pending := len(s.pending)
+	pending := len(s.pending) + s.inLanes()
 	s.mu.Unlock()
 	return Stats{
-		Connections: n + pending + s.inLanes() + int(s.httpConns.Load()), Tunnels: n,
+		Connections: n + pending + int(s.httpConns.Load()), Tunnels: n,
 		BytesUp: up + s.httpUp.Load(), BytesDown: down + s.httpDown.Load(),
 		AcceptErrors: s.acceptErrors.Load(), AcceptPauses: s.descriptors.pauses.Load(), Panics: s.panics.Load(),
 	}

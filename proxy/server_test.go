@@ -123,14 +123,14 @@ func TestCut(t *testing.T) {
 		func(c *Config) { c.Timeouts.Drain = 0 })
 	g.resolver.set("a.ok.test", "127.0.0.1")
 	g.resolver.set("tcp.test", "127.0.0.1")
-	g.resolver.hook = func(ctx context.Context, host string) ([]netip.Addr, error) {
+	g.resolver.intercept(func(ctx context.Context, host string) ([]netip.Addr, error) {
 		if host == "slow.ok.test" {
 			asked <- struct{}{}
 			<-ctx.Done()
 			return nil, ctx.Err()
 		}
 		return nil, nil
-	}
+	})
 	g.connect(fmt.Sprintf("tcp.test:%d", o.port())) // a tunnel
 	o.accept(t)
 	g.connect(fmt.Sprintf("a.ok.test:%d", o.port())) // waits for a hello
