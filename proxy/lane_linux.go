@@ -30,7 +30,7 @@ const (
 
 // A lane serves plain tunnels, nearly all of what a proxy does, in one goroutine for
 // very many: from accepting the client to the end, without a goroutine, a stack, a
-// buffer or a timer for each of them (docs/decisions/0010). Whatever it meets that is
+// buffer or a timer for each of them (docs/decisions/0012). Whatever it meets that is
 // not plain it gives away, with all that it knows, to the goroutines that serve any
 // connection; they are also what it is held against in tests.
 //
@@ -127,6 +127,7 @@ func (l *lane) admit(listener *net.TCPListener) error {
 	}
 	// Linux hands it on to every connection.
 	_ = unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	_ = setKeepAlive(fd)
 	d := &door{fd: fd, look: newLookout(l.s.descriptors), pause: minPause}
 	d.slot = l.take(slot{door: d})
 	l.doors = append(l.doors, d)
