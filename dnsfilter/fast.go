@@ -23,18 +23,22 @@ type fast struct {
 	ev   event.Event
 
 	missed bool // of the last query: it was left because nothing is known of it
+
+	cookie [cookieSize]byte // to answer the last query with, if that has one
+	proven bool             // the last query's cookie proves its source; see cookies.answer
 }
 
 func newFast(s *Server) *fast {
 	f := &fast{s: s}
 	f.wire, _ = s.cfg.Decider.(WireDecider)
-	f.ev.Kind, f.ev.Listener = event.DNS, "dns"
+	f.ev.Kind = event.DNS
 	return f
 }
 
 // An outcome is what is to be told of a query that a fast has answered.
 type outcome struct {
 	addr   netip.AddrPort
+	door   door
 	d      policy.Decision
 	qtype  uint16
 	rcode  int
@@ -57,12 +61,13 @@ func (f *fast) answer(dst, packet []byte, c client, now time.Time, o *outcome) (
 	if _, own := s.recorded[string(q.Name.Bytes())]; own {
 		return dst, false
 	}
-	o.addr, o.qtype, o.packed, o.asked, o.name = c.addr, q.Type, nil, 0, len(q.Name.Bytes())
+	o.addr, o.door, o.qtype, o.packed, o.asked, o.name = c.addr, c.door, q.Type, nil, 0, len(q.Name.Bytes())
 	o.d = f.decide(req)
+	f.readCookie(c, now)
 	start := len(dst)
 	var ok bool
 	if !o.d.Passes() {
-		dst = f.refuse(dst, o)
+		dst = f.refuse(dst, c, o)
 	} else if dst, ok = f.cached(dst, req, c, now, o); !ok {
 		return dst[:start], false
 	}
@@ -91,8 +96,28 @@ func (f *fast) sampleKey() []byte {
 	return wire.AppendKey(f.q.AppendName(f.key[:0]), f.q.Type, false, false)
 }
 
+// readCookie looks at the query's cookie, if there is one.
+func (f *fast) readCookie(c client, now time.Time) {
+	if f.proven = false; f.q.Cookie != nil {
+		f.proven = f.s.cookies.answer(&f.cookie, f.q.Cookie, c.addr.Addr(), now)
+	}
+}
+
+// appendOPT ends the answer that begins at start of dst with an OPT record, as message does.
+func (f *fast) appendOPT(dst []byte, start int, c client, ede uint16, text string) []byte {
+	opt := len(dst)
+	dst = f.q.AppendOPT(dst, start, uint16(f.s.cfg.MaxUDPSize), ede, text)
+	if f.q.Cookie != nil {
+		dst = wire.AppendOption(dst, opt, wire.OptionCookie, f.cookie[:])
+	}
+	if f.q.Padded && c.door.secret() {
+		dst = wire.AppendPadding(dst, start, opt, dns.MaxMsgSize)
+	}
+	return dst
+}
+
 // refuse appends the refusal that refusal would make.
-func (f *fast) refuse(dst []byte, o *outcome) []byte {
+func (f *fast) refuse(dst []byte, c client, o *outcome) []byte {
 	start := len(dst)
 	var sunk []byte
 	switch f.s.resolver.denialOf(wire.AppendText(f.text[:0], f.q.Name.Bytes()), o.d.Reason) {
@@ -124,7 +149,7 @@ func (f *fast) refuse(dst []byte, o *outcome) []byte {
 	if o.d.Reason == policy.ReasonUnmatchedSource {
 		ede = dns.ExtendedErrorCodeProhibited
 	}
-	return f.q.AppendOPT(dst, start, uint16(f.s.cfg.MaxUDPSize), ede, o.d.Reason.String())
+	return f.appendOPT(dst, start, c, ede, o.d.Reason.String())
 }
 
 // What a sinkhole answers.
@@ -140,7 +165,7 @@ func (f *fast) cached(dst []byte, req policy.Request, c client, now time.Time, o
 	s, q := f.s, &f.q
 	if q.Type == dns.TypeHTTPS || q.Type == dns.TypeSVCB {
 		if s.cfg.HTTPSRecords == HTTPSNodata {
-			return f.nodata(dst, o), true
+			return f.nodata(dst, c, o), true
 		}
 	}
 	if s.resolver.hosts.mayHave(q.Name.Bytes(), q.Type) {
@@ -175,6 +200,9 @@ func (f *fast) known(dst []byte, e *entry, p *packed, req policy.Request, c clie
 	if q.EDNS {
 		size += wire.OPTSize
 	}
+	if q.Cookie != nil {
+		size += cookieOptionSize
+	}
 	if size > limit && !c.udp {
 		return dst, false
 	}
@@ -186,7 +214,7 @@ func (f *fast) known(dst []byte, e *entry, p *packed, req policy.Request, c clie
 		wire.Age(dst[start:], p.ttls, e.age(now))
 	}
 	if q.EDNS {
-		dst = q.AppendOPT(dst, start, uint16(s.cfg.MaxUDPSize), 0, "")
+		dst = f.appendOPT(dst, start, c, 0, "")
 	}
 	return dst, true
 }
@@ -206,11 +234,11 @@ func (f *fast) allPass(req policy.Request, p *packed) bool {
 }
 
 // nodata appends an answer without records.
-func (f *fast) nodata(dst []byte, o *outcome) []byte {
+func (f *fast) nodata(dst []byte, c client, o *outcome) []byte {
 	start := len(dst)
 	o.rcode = dns.RcodeSuccess
 	if dst = f.q.AppendHeader(dst, o.rcode); f.q.EDNS {
-		dst = f.q.AppendOPT(dst, start, uint16(f.s.cfg.MaxUDPSize), 0, "")
+		dst = f.appendOPT(dst, start, c, 0, "")
 	}
 	return dst
 }
@@ -230,6 +258,7 @@ func (f *fast) observe(o *outcome, packet []byte, start, end time.Time, err erro
 	name := len(text)
 	both := string(s.appendID(text))
 	ev := &f.ev // whose other fields never change
+	ev.Listener = o.door.String()
 	ev.Time, ev.ID, ev.Source, ev.Name, ev.Decision = start, both[name:], o.addr, both[:name], o.d
 	ev.QType, ev.RCode, ev.Answers, ev.Error = typeName(o.qtype), rcodeNames[o.rcode&0xF], nil, ""
 	ev.DNSTime, ev.Duration = o.asked, end.Sub(start)

@@ -3,6 +3,7 @@ package dnsfilter
 import (
 	"context"
 	"encoding/binary"
+	"encoding/hex"
 	"net/netip"
 	"strconv"
 	"strings"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/miekg/dns"
 
+	"sallyport/dnsfilter/wire"
 	"sallyport/policy"
 	"sallyport/policy/event"
 )
@@ -28,12 +30,18 @@ type query struct {
 	q   dns.Question
 	opt *dns.OPT // nil without EDNS
 	client
+
+	cookie []byte // to answer with; nil: the query has none, or an impossible one
+	proven bool   // its cookie proves its source; see cookies.answer
+	padded bool   // it has the padding option
+	bad    bool   // its cookie has an impossible length
 }
 
 // A client is who asked, and the way back.
 type client struct {
 	addr netip.AddrPort // neither mapped nor with a zone
 	udp  bool
+	door door
 	back interface {
 		// send sends an answer, which it does not keep.
 		send(answer []byte) error
@@ -89,7 +97,7 @@ func (s *Server) serve(ctx context.Context, c client, packet []byte) {
 
 // handle answers one query, and observes it.
 func (s *Server) handle(ctx context.Context, c client, m *dns.Msg) {
-	qu := newQuery(c, m)
+	qu := s.newQuery(c, m)
 	if rcode := qu.malformed(); rcode != dns.RcodeSuccess {
 		s.counts.malformed.Add(1)
 		_ = s.write(qu, &reply{rcode: rcode}) // there is nobody to tell
@@ -104,12 +112,38 @@ func (s *Server) handle(ctx context.Context, c client, m *dns.Msg) {
 	s.observe(qu, rep, d, start, asked, err)
 }
 
-func newQuery(c client, m *dns.Msg) *query {
+func (s *Server) newQuery(c client, m *dns.Msg) *query {
 	qu := &query{msg: m, opt: m.IsEdns0(), client: c}
 	if len(m.Question) == 1 {
 		qu.q = m.Question[0]
 	}
+	if qu.opt != nil {
+		s.readOptions(qu)
+	}
 	return qu
+}
+
+// readOptions reads the options of qu that matter here. All others are ignored, and
+// none is passed on.
+func (s *Server) readOptions(qu *query) {
+	seen := false
+	for _, o := range qu.opt.Option {
+		switch o := o.(type) {
+		case *dns.EDNS0_PADDING:
+			qu.padded = true
+		case *dns.EDNS0_COOKIE:
+			if seen { // of several the first counts
+				continue
+			}
+			seen = true
+			got, err := hex.DecodeString(o.Cookie)
+			if qu.bad = err != nil || !validCookie(got); !qu.bad {
+				var made [cookieSize]byte
+				qu.proven = s.cookies.answer(&made, got, qu.addr.Addr(), s.cfg.Now())
+				qu.cookie = made[:]
+			}
+		}
+	}
 }
 
 // malformed returns why there is no question to answer, or RcodeSuccess.
@@ -127,6 +161,8 @@ func (qu *query) malformed() int {
 		return dns.RcodeFormatError
 	case opts == 1 && qu.opt.Version() != 0:
 		return badVersion
+	case qu.bad: // RFC 7873, section 5.2.2
+		return dns.RcodeFormatError
 	}
 	return dns.RcodeSuccess
 }
@@ -239,6 +275,11 @@ func (s *Server) write(qu *query, rep *reply) error {
 		}
 		p, err = m.PackBuffer(buf[:])
 	}
+	if fill := wire.Padding(len(p), dns.MaxMsgSize); err == nil && qu.padded && qu.door.secret() && fill >= 0 {
+		opt := m.IsEdns0()
+		opt.Option = append(opt.Option, &dns.EDNS0_PADDING{Padding: make([]byte, fill)})
+		p, err = m.PackBuffer(buf[:])
+	}
 	if err == nil && len(m.Question) == 1 { // spelt as asked (0x20), and so are the names that point here
 		_, err = dns.PackDomainName(qu.q.Name, p, headerSize, nil, false)
 	}
@@ -293,6 +334,9 @@ func (s *Server) message(qu *query, rep *reply) *dns.Msg {
 	if rep.ede != 0 {
 		opt.Option = []dns.EDNS0{&dns.EDNS0_EDE{InfoCode: rep.ede, ExtraText: rep.why}}
 	}
+	if qu.cookie != nil {
+		opt.Option = append(opt.Option, &dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: hex.EncodeToString(qu.cookie)})
+	}
 	m.Extra = []dns.RR{opt}
 	return m
 }
@@ -306,7 +350,7 @@ func (s *Server) observe(qu *query, rep *reply, d policy.Decision, start time.Ti
 		return
 	}
 	ev := event.Event{
-		Time: start, Kind: event.DNS, Listener: "dns", ID: string(s.appendID(nil)),
+		Time: start, Kind: event.DNS, Listener: qu.door.String(), ID: string(s.appendID(nil)),
 		Source: qu.addr, Name: qu.q.Name, Decision: d,
 		QType: dns.Type(qu.q.Qtype).String(), RCode: dns.RcodeToString[rep.rcode],
 		Answers: summary(rep.answer), DNSTime: asked, Duration: s.cfg.Now().Sub(start),

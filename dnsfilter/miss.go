@@ -37,6 +37,7 @@ func (s *Server) fetch(ctx context.Context, c client, packet []byte) bool {
 	}
 	req := policy.Request{Source: c.addr.Addr(), Protocol: policy.ProtocolDNS, QType: q.Type, Time: start}
 	d := f.decide(req)
+	f.readCookie(c, start)
 	if !d.Passes() { // by a policy that has come since
 		return false
 	}
@@ -48,7 +49,7 @@ func (s *Server) fetch(ctx context.Context, c client, packet []byte) bool {
 	s.counts.misses.Add(1)
 	now := s.cfg.Now()
 	o := &f.outcome
-	*o = outcome{addr: c.addr, d: d, qtype: q.Type, name: len(q.Name.Bytes()), asked: now.Sub(start)}
+	*o = outcome{addr: c.addr, door: c.door, d: d, qtype: q.Type, name: len(q.Name.Bytes()), asked: now.Sub(start)}
 	if p, ok := f.known(f.buf[:0], e, s.packedOf(q.Key(), q.Type, e), req, c, now, o); ok {
 		err = c.back.send(p)
 		o.tell = f.tells(o, start)
@@ -59,7 +60,7 @@ func (s *Server) fetch(ctx context.Context, c client, packet []byte) bool {
 	if m.Unpack(packet) != nil {
 		return false
 	}
-	qu := newQuery(c, m)
+	qu := s.newQuery(c, m)
 	req.Name = k.name
 	rep, d := s.fit(e.reply(now, false), req, d, qu.q)
 	err = s.write(qu, rep)

@@ -42,7 +42,8 @@ type Server struct {
 	recorded map[string]struct{} // names on the wire that have records
 	idle     *sync.Pool          // of *slowFast
 	sample   *sampler            // nil unless Config.Events asks for it
-	slow     sync.WaitGroup      // UDP queries under way
+	cookies  cookies
+	slow     sync.WaitGroup // UDP queries under way
 
 	mu       sync.Mutex // guards what follows
 	udp      []*udpSocket
