@@ -125,8 +125,9 @@ func (h *held) send(p []byte) error {
 
 // ServeHTTP implements http.Handler.
 func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
-	if !w.enter() {
-		return // the connection is closed
+	if !w.enter() { // and the connection is closed
+		refuseDoH(rw, http.StatusServiceUnavailable)
+		return
 	}
 	defer w.running.Done()
 	s := w.s

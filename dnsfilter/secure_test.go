@@ -340,3 +340,97 @@ func TestIsIntroduction(t *testing.T) {
 		}
 	}
 }
+
+// What is under way when the Server shuts down is answered, over TLS and HTTPS as over UDP.
+func TestShutdownWaitsForEncryptedQueries(t *testing.T) {
+	o := newOrigin(t, "slow.cdn.test. 60 IN A 192.0.2.2")
+	asked, release := make(chan struct{}, 8), make(chan struct{})
+	o.set(func(w dns.ResponseWriter, q, m *dns.Msg) {
+		asked <- struct{}{}
+		<-release
+		w.WriteMsg(m)
+	})
+	b, client := startSecure(t, Config{Cache: Cache{Size: mib}}, o)
+	c := b.dialTLS(t, alice, client)
+	if err := c.WriteMsg(question("slow.cdn.test.", dns.TypeA)); err != nil {
+		t.Fatal(err)
+	}
+	<-asked
+	p, err := question("slow.cdn.test.", dns.TypeA).Pack() // shares the flight
+	if err != nil {
+		t.Fatal(err)
+	}
+	url := "https://" + b.server.HTTPSAddrs()[0].String() + dohPath
+	type got struct {
+		status int
+		err    error
+	}
+	answers := make(chan got, 2)
+	for _, two := range []bool{false, true} {
+		browser := browser(t, alice, client, two)
+		go func() {
+			resp, err := browser.Post(url, dnsMessage, bytes.NewReader(p))
+			if err != nil {
+				answers <- got{err: err}
+				return
+			}
+			resp.Body.Close()
+			answers <- got{status: resp.StatusCode}
+		}()
+	}
+	eventually(t, "three queries under way", func() bool { return b.server.inFlight.Load() == 3 })
+	down := make(chan error, 1)
+	go func() {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		down <- b.server.Shutdown(ctx)
+	}()
+	<-b.server.down
+	close(release)
+	if m, err := c.ReadMsg(); err != nil || len(m.Answer) != 1 {
+		t.Errorf("over TLS: %v, %v", m, err)
+	}
+	for range 2 {
+		if a := <-answers; a.err != nil || a.status != 200 {
+			t.Errorf("over HTTPS: %+v", a)
+		}
+	}
+	if err := <-down; err != nil {
+		t.Errorf("Shutdown() = %v", err)
+	}
+	if n := b.server.secureConns.count(); n != 0 {
+		t.Errorf("%d connections are left", n)
+	}
+}
+
+// A Shutdown that may not wait cuts requests off.
+func TestShutdownCutsEncryptedQueries(t *testing.T) {
+	o := newOrigin(t)
+	asked, release := make(chan struct{}, 8), make(chan struct{})
+	defer close(release)
+	o.set(func(dns.ResponseWriter, *dns.Msg, *dns.Msg) {
+		asked <- struct{}{}
+		<-release
+	})
+	b, client := startSecure(t, Config{}, o)
+	p, err := question("slow.cdn.test.", dns.TypeA).Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	failed := make(chan error, 1)
+	browser := browser(t, alice, client, true)
+	go func() {
+		resp, err := browser.Post("https://"+b.server.HTTPSAddrs()[0].String()+dohPath, dnsMessage, bytes.NewReader(p))
+		if err == nil {
+			resp.Body.Close()
+		}
+		failed <- err
+	}()
+	<-asked
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	b.server.Shutdown(ctx) // that it did not wait is no news
+	<-b.server.finished
+	<-failed // an error, or SERVFAIL at the last moment
+	eventually(t, "the connection to end", func() bool { return b.server.secureConns.count() == 0 })
+}

@@ -183,6 +183,11 @@ func TestTCPDeadlinesAreForWholeQueries(t *testing.T) {
 	if len(c.deadlines) != 2 || c.deadlines[0] != firstQuery || c.deadlines[1] != idleTimeout {
 		t.Errorf("deadlines %v", c.deadlines)
 	}
+	within := &stalled{reads: [][]byte{frame(t, question("evil.test.", dns.TypeA))}} // a TLS connection
+	s.serveQueries(s.secureConns.add(within), within, doorTLS)
+	if len(within.deadlines) != 2 || within.deadlines[0] != firstQuery || within.deadlines[1] != idleSecure {
+		t.Errorf("deadlines over TLS %v", within.deadlines)
+	}
 	if len(c.reads) != 0 {
 		t.Errorf("%d bytes are not read", len(c.reads))
 	}
