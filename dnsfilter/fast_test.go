@@ -294,6 +294,9 @@ func TestFastPathDoesNotAllocate(t *testing.T) {
 			if name == "x.cdn.test." {
 				q.Question[0].Qtype = dns.TypeHTTPS
 			}
+			if name == "www.cdn.test." || name == "evil.test." {
+				q.IsEdns0().Option = []dns.EDNS0{&dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: "0102030405060708"}}
+			}
 			p, err := q.Pack()
 			if err != nil {
 				t.Fatal(err)
