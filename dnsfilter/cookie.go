@@ -59,25 +59,37 @@ func validCookie(got []byte) bool {
 	return n == 0 || n >= minServer && n <= maxServer
 }
 
-// answer makes of got, the valid COOKIE option of a query from an address, the one to
-// answer with. It reports whether got proves that the client receives what is sent to
-// its address: it has a server's part that this server made for it, not long ago.
-func (c *cookies) answer(dst *[cookieSize]byte, got []byte, from netip.Addr, now time.Time) (proven bool) {
+// proven reports whether got, the COOKIE option of a query from an address or nothing,
+// proves that the client receives what is sent there: it has a server's part that this
+// server made for it, not long ago. A limit of rates may spare such a client.
+func (c *cookies) proven(got []byte, from netip.Addr, now time.Time) bool {
 	s := c.at(now)
-	if len(got) == cookieSize && got[clientCookie] == cookieVersion {
-		age := int32(uint32(now.Unix()) - binary.BigEndian.Uint32(got[12:])) // RFC 1982
-		if age <= cookieMaxAge && age >= -cookieMaxAhead {
-			sum, got8 := [16]byte(got), binary.LittleEndian.Uint64(got[16:])
-			if hashCookie(&s.current, &sum, from) == got8 {
-				if age <= cookieRenew {
-					copy(dst[:], got)
-					return true
-				}
-				proven = true
-			} else {
-				proven = hashCookie(&s.previous, &sum, from) == got8
-			}
-		}
+	_, ok := cookieAge(got, now)
+	return ok && (madeWith(&s.current, got, from) || madeWith(&s.previous, got, from))
+}
+
+// cookieAge returns how old the server's part of got says it is, in seconds, and whether
+// it may be one of this server's that is still good.
+func cookieAge(got []byte, now time.Time) (age int32, ok bool) {
+	if len(got) != cookieSize || got[clientCookie] != cookieVersion {
+		return 0, false
+	}
+	age = int32(uint32(now.Unix()) - binary.BigEndian.Uint32(got[12:])) // RFC 1982
+	return age, age <= cookieMaxAge && age >= -cookieMaxAhead
+}
+
+func madeWith(secret *[16]byte, got []byte, from netip.Addr) bool {
+	head := [16]byte(got)
+	return hashCookie(secret, &head, from) == binary.LittleEndian.Uint64(got[16:])
+}
+
+// answer makes of got, the valid COOKIE option of a query from an address, the one to
+// answer with: got itself while it is young, otherwise another.
+func (c *cookies) answer(dst *[cookieSize]byte, got []byte, from netip.Addr, now time.Time) {
+	s := c.at(now)
+	if age, ok := cookieAge(got, now); ok && age <= cookieRenew && madeWith(&s.current, got, from) {
+		copy(dst[:], got)
+		return
 	}
 	var head [16]byte
 	copy(head[:clientCookie], got)
@@ -85,7 +97,6 @@ func (c *cookies) answer(dst *[cookieSize]byte, got []byte, from netip.Addr, now
 	binary.BigEndian.PutUint32(head[12:], uint32(now.Unix()))
 	copy(dst[:], head[:])
 	binary.LittleEndian.PutUint64(dst[16:], hashCookie(&s.current, &head, from))
-	return proven
 }
 
 // hashCookie returns the hash of a cookie's first 16 bytes and the client's address.

@@ -57,7 +57,8 @@ func TestCookiesInteroperate(t *testing.T) {
 			var c cookies
 			c.secrets.Store(s)
 			var made [cookieSize]byte
-			proven := c.answer(&made, unhex(t, tt.got), netip.MustParseAddr(tt.from), time.Unix(tt.at, 0))
+			proven := c.proven(unhex(t, tt.got), netip.MustParseAddr(tt.from), time.Unix(tt.at, 0))
+			c.answer(&made, unhex(t, tt.got), netip.MustParseAddr(tt.from), time.Unix(tt.at, 0))
 			if proven != tt.proven || hex.EncodeToString(made[:]) != tt.want {
 				t.Errorf("answer() = %x, %v; want %s, %v", made, proven, tt.want, tt.proven)
 			}
@@ -93,7 +94,7 @@ func TestCookiesProveAnAddressForAWhile(t *testing.T) {
 		{"a little before it was made", first[:], home, -5 * time.Minute, true},
 		{"long before", first[:], home, -5*time.Minute - time.Second, false},
 	} {
-		if got := c.answer(&made, tt.got, tt.from, clock.now().Add(tt.after)); got != tt.proven {
+		if got := c.proven(tt.got, tt.from, clock.now().Add(tt.after)); got != tt.proven {
 			t.Errorf("%s: %v, want %v", tt.name, got, tt.proven)
 		}
 	}
@@ -101,11 +102,14 @@ func TestCookiesProveAnAddressForAWhile(t *testing.T) {
 	clock.advance(secretLife - time.Minute)
 	c.answer(&first, []byte("client08"), home, clock.now())
 	clock.advance(2 * time.Minute)
-	if before := c.secrets.Load(); !c.answer(&made, first[:], home, clock.now()) || c.secrets.Load() == before || made == first {
+	if before := c.secrets.Load(); !c.proven(first[:], home, clock.now()) || c.secrets.Load() == before {
 		t.Error("a cookie of the last secret is no good, or the secret stays")
 	}
+	if c.answer(&made, first[:], home, clock.now()); made == first || !c.proven(made[:], home, clock.now()) {
+		t.Error("no cookie of the new secret is made")
+	}
 	clock.advance(secretLife)
-	if c.answer(&made, first[:], home, clock.now()) {
+	if c.proven(first[:], home, clock.now()) {
 		t.Error("a cookie of a day ago is good")
 	}
 }

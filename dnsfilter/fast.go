@@ -23,9 +23,6 @@ type fast struct {
 	ev   event.Event
 
 	missed bool // of the last query: it was left because nothing is known of it
-
-	cookie [cookieSize]byte // to answer the last query with, if that has one
-	proven bool             // the last query's cookie proves its source; see cookies.answer
 }
 
 func newFast(s *Server) *fast {
@@ -63,11 +60,10 @@ func (f *fast) answer(dst, packet []byte, c client, now time.Time, o *outcome) (
 	}
 	o.addr, o.door, o.qtype, o.packed, o.asked, o.name = c.addr, c.door, q.Type, nil, 0, len(q.Name.Bytes())
 	o.d = f.decide(req)
-	f.readCookie(c, now)
 	start := len(dst)
 	var ok bool
 	if !o.d.Passes() {
-		dst = f.refuse(dst, c, o)
+		dst = f.refuse(dst, c, now, o)
 	} else if dst, ok = f.cached(dst, req, c, now, o); !ok {
 		return dst[:start], false
 	}
@@ -96,19 +92,14 @@ func (f *fast) sampleKey() []byte {
 	return wire.AppendKey(f.q.AppendName(f.key[:0]), f.q.Type, false, false)
 }
 
-// readCookie looks at the query's cookie, if there is one.
-func (f *fast) readCookie(c client, now time.Time) {
-	if f.proven = false; f.q.Cookie != nil {
-		f.proven = f.s.cookies.answer(&f.cookie, f.q.Cookie, c.addr.Addr(), now)
-	}
-}
-
 // appendOPT ends the answer that begins at start of dst with an OPT record, as message does.
-func (f *fast) appendOPT(dst []byte, start int, c client, ede uint16, text string) []byte {
+func (f *fast) appendOPT(dst []byte, start int, c client, now time.Time, ede uint16, text string) []byte {
 	opt := len(dst)
 	dst = f.q.AppendOPT(dst, start, uint16(f.s.cfg.MaxUDPSize), ede, text)
 	if f.q.Cookie != nil {
-		dst = wire.AppendOption(dst, opt, wire.OptionCookie, f.cookie[:])
+		var made [cookieSize]byte
+		f.s.cookies.answer(&made, f.q.Cookie, c.addr.Addr(), now)
+		dst = wire.AppendOption(dst, opt, wire.OptionCookie, made[:])
 	}
 	if f.q.Padded && c.door.secret() {
 		dst = wire.AppendPadding(dst, start, opt, dns.MaxMsgSize)
@@ -117,7 +108,7 @@ func (f *fast) appendOPT(dst []byte, start int, c client, ede uint16, text strin
 }
 
 // refuse appends the refusal that refusal would make.
-func (f *fast) refuse(dst []byte, c client, o *outcome) []byte {
+func (f *fast) refuse(dst []byte, c client, now time.Time, o *outcome) []byte {
 	start := len(dst)
 	var sunk []byte
 	switch f.s.resolver.denialOf(wire.AppendText(f.text[:0], f.q.Name.Bytes()), o.d.Reason) {
@@ -149,7 +140,7 @@ func (f *fast) refuse(dst []byte, c client, o *outcome) []byte {
 	if o.d.Reason == policy.ReasonUnmatchedSource {
 		ede = dns.ExtendedErrorCodeProhibited
 	}
-	return f.appendOPT(dst, start, c, ede, o.d.Reason.String())
+	return f.appendOPT(dst, start, c, now, ede, o.d.Reason.String())
 }
 
 // What a sinkhole answers.
@@ -165,7 +156,7 @@ func (f *fast) cached(dst []byte, req policy.Request, c client, now time.Time, o
 	s, q := f.s, &f.q
 	if q.Type == dns.TypeHTTPS || q.Type == dns.TypeSVCB {
 		if s.cfg.HTTPSRecords == HTTPSNodata {
-			return f.nodata(dst, c, o), true
+			return f.nodata(dst, c, now, o), true
 		}
 	}
 	if s.resolver.hosts.mayHave(q.Name.Bytes(), q.Type) {
@@ -214,7 +205,7 @@ func (f *fast) known(dst []byte, e *entry, p *packed, req policy.Request, c clie
 		wire.Age(dst[start:], p.ttls, e.age(now))
 	}
 	if q.EDNS {
-		dst = f.appendOPT(dst, start, c, 0, "")
+		dst = f.appendOPT(dst, start, c, now, 0, "")
 	}
 	return dst, true
 }
@@ -234,11 +225,11 @@ func (f *fast) allPass(req policy.Request, p *packed) bool {
 }
 
 // nodata appends an answer without records.
-func (f *fast) nodata(dst []byte, c client, o *outcome) []byte {
+func (f *fast) nodata(dst []byte, c client, now time.Time, o *outcome) []byte {
 	start := len(dst)
 	o.rcode = dns.RcodeSuccess
 	if dst = f.q.AppendHeader(dst, o.rcode); f.q.EDNS {
-		dst = f.appendOPT(dst, start, c, 0, "")
+		dst = f.appendOPT(dst, start, c, now, 0, "")
 	}
 	return dst
 }

@@ -31,8 +31,7 @@ type query struct {
 	opt *dns.OPT // nil without EDNS
 	client
 
-	cookie []byte // to answer with; nil: the query has none, or an impossible one
-	proven bool   // its cookie proves its source; see cookies.answer
+	cookie []byte // the query's; nil: it has none, or an impossible one
 	padded bool   // it has the padding option
 	bad    bool   // its cookie has an impossible length
 }
@@ -97,7 +96,7 @@ func (s *Server) serve(ctx context.Context, c client, packet []byte) {
 
 // handle answers one query, and observes it.
 func (s *Server) handle(ctx context.Context, c client, m *dns.Msg) {
-	qu := s.newQuery(c, m)
+	qu := newQuery(c, m)
 	if rcode := qu.malformed(); rcode != dns.RcodeSuccess {
 		s.counts.malformed.Add(1)
 		_ = s.write(qu, &reply{rcode: rcode}) // there is nobody to tell
@@ -112,20 +111,20 @@ func (s *Server) handle(ctx context.Context, c client, m *dns.Msg) {
 	s.observe(qu, rep, d, start, asked, err)
 }
 
-func (s *Server) newQuery(c client, m *dns.Msg) *query {
+func newQuery(c client, m *dns.Msg) *query {
 	qu := &query{msg: m, opt: m.IsEdns0(), client: c}
 	if len(m.Question) == 1 {
 		qu.q = m.Question[0]
 	}
 	if qu.opt != nil {
-		s.readOptions(qu)
+		qu.readOptions()
 	}
 	return qu
 }
 
 // readOptions reads the options of qu that matter here. All others are ignored, and
 // none is passed on.
-func (s *Server) readOptions(qu *query) {
+func (qu *query) readOptions() {
 	seen := false
 	for _, o := range qu.opt.Option {
 		switch o := o.(type) {
@@ -138,9 +137,7 @@ func (s *Server) readOptions(qu *query) {
 			seen = true
 			got, err := hex.DecodeString(o.Cookie)
 			if qu.bad = err != nil || !validCookie(got); !qu.bad {
-				var made [cookieSize]byte
-				qu.proven = s.cookies.answer(&made, got, qu.addr.Addr(), s.cfg.Now())
-				qu.cookie = made[:]
+				qu.cookie = got
 			}
 		}
 	}
@@ -335,7 +332,9 @@ func (s *Server) message(qu *query, rep *reply) *dns.Msg {
 		opt.Option = []dns.EDNS0{&dns.EDNS0_EDE{InfoCode: rep.ede, ExtraText: rep.why}}
 	}
 	if qu.cookie != nil {
-		opt.Option = append(opt.Option, &dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: hex.EncodeToString(qu.cookie)})
+		var made [cookieSize]byte
+		s.cookies.answer(&made, qu.cookie, qu.addr.Addr(), s.cfg.Now())
+		opt.Option = append(opt.Option, &dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: hex.EncodeToString(made[:])})
 	}
 	m.Extra = []dns.RR{opt}
 	return m

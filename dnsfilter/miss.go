@@ -37,7 +37,6 @@ func (s *Server) fetch(ctx context.Context, c client, packet []byte) bool {
 	}
 	req := policy.Request{Source: c.addr.Addr(), Protocol: policy.ProtocolDNS, QType: q.Type, Time: start}
 	d := f.decide(req)
-	f.readCookie(c, start)
 	if !d.Passes() { // by a policy that has come since
 		return false
 	}
@@ -60,7 +59,7 @@ func (s *Server) fetch(ctx context.Context, c client, packet []byte) bool {
 	if m.Unpack(packet) != nil {
 		return false
 	}
-	qu := s.newQuery(c, m)
+	qu := newQuery(c, m)
 	req.Name = k.name
 	rep, d := s.fit(e.reply(now, false), req, d, qu.q)
 	err = s.write(qu, rep)
