@@ -231,7 +231,7 @@ func header2(from string) string {
 }
 
 // Whom a trusted load balancer speaks for is who asks, on every door.
-func TestProxyProtocol(t *testing.T) {
+func TestT59ResolverProxyProtocol(t *testing.T) {
 	log := new(logs)
 	o := newOrigin(t, "api.ok.test. 60 IN A 192.0.2.1")
 	b, client := startSecure(t, Config{ProxyProtocol: ProxyProtocol{Trusted: trusting(t, "127.0.0.7/32")}, Logger: zerolog.New(log)}, o)
@@ -305,7 +305,7 @@ func TestProxyProtocol(t *testing.T) {
 }
 
 // The connections of a load balancer count for its clients.
-func TestProxiedConnectionsCountForTheirClients(t *testing.T) {
+func TestT59ProxiedConnectionsCountForTheirClients(t *testing.T) {
 	s := NewServer(newResolver(t, Config{Decider: people, Upstreams: []string{"127.0.0.1:9"},
 		ProxyProtocol: ProxyProtocol{Trusted: trusting(t, "::ffff:127.0.0.0/104")}}, nil))
 	taken := func(n int, header string) (kept int) {
