@@ -239,7 +239,7 @@ func (f *fast) nodata(dst []byte, c client, now time.Time, o *outcome) []byte {
 func (f *fast) observe(o *outcome, packet []byte, start, end time.Time, err error) {
 	s := f.s
 	if s.cfg.Counter != nil {
-		s.cfg.Counter.CountQuery(&o.d, o.qtype, o.rcode)
+		s.cfg.Counter.CountQuery(o.door.String(), &o.d, o.qtype, o.rcode)
 	}
 	if !o.tell {
 		return

@@ -340,7 +340,7 @@ func TestFastPathDoesNotAllocate(t *testing.T) {
 
 type countNothing struct{}
 
-func (countNothing) CountQuery(*policy.Decision, uint16, int) {}
+func (countNothing) CountQuery(string, *policy.Decision, uint16, int) {}
 
 // FuzzFastPath has any packet answered both ways, with any settings, from any source.
 func FuzzFastPath(f *testing.F) {
