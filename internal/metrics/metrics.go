@@ -128,10 +128,15 @@ func (m *Metrics) Observe(ev *event.Event) {
 	}
 }
 
-// CountQuery counts a DNS query of a type that was answered with an RCODE as d says,
-// just as Observe counts its Event. Of those two a query is for one.
-func (m *Metrics) CountQuery(d *policy.Decision, qtype uint16, rcode int) {
-	m.current.Load().countAs(listenerDNS, d)
+// CountQuery counts a DNS query of a type that came in by listener and was answered
+// with an RCODE as d says, just as Observe counts its Event. Of those two a query is
+// for one.
+func (m *Metrics) CountQuery(listener string, d *policy.Decision, qtype uint16, rcode int) {
+	l := listenerDNS // nearly always
+	if listener != "dns" {
+		l = indexOf(listeners[:], listener)
+	}
+	m.current.Load().countAs(l, d)
 	q, r := len(qtypes), len(rcodes)
 	if int(qtype) < len(qtypeIndex) {
 		q = int(qtypeIndex[qtype])
@@ -148,7 +153,7 @@ const other = "other"
 const verdicts = 3
 
 var (
-	listeners = [...]string{"proxy", "proxy_tls", "dns", "transparent"}
+	listeners = [...]string{"proxy", "proxy_tls", "dns", "transparent", "dns_tls", "dns_https"}
 	qtypes    = [...]string{"A", "AAAA", "HTTPS", "SVCB", "CNAME", "TXT", "SRV", "MX", "NS", "SOA", "PTR", "CAA",
 		"DS", "DNSKEY", "NAPTR", "TLSA", "SSHFP", "URI", "NULL", "ANY", "AXFR", "IXFR"}
 	rcodes = [...]string{"NOERROR", "FORMERR", "SERVFAIL", "NXDOMAIN", "NOTIMP", "REFUSED", "BADVERS"}
