@@ -19,6 +19,8 @@ type Config struct {
 	Status  func(context.Context) Status // answers /readyz; required; honours its context
 	Metrics http.Handler                 // answers /metrics; required
 	PAC     http.Handler                 // answers /proxy.pac; nil: nobody does
+	API     API                          // answers /api/v1
+	Pages   http.Handler                 // answers what nothing else does, GET and HEAD alone; nil: a short index at /
 }
 
 // Status is the state of the process as /readyz tells it.
