@@ -194,9 +194,5 @@ func (s source) load() (*policy.Policy, []*policy.Error, error) {
 		}
 		return p, warnings, err
 	}
-	d, err := policy.ParseDocument("the embedded policy", configs.Policy)
-	if err != nil {
-		return nil, nil, err
-	}
-	return policy.Compile(d, policy.Options{})
+	return policy.Load("the embedded policy", configs.Policy, policy.Options{})
 }
