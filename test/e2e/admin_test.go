@@ -115,7 +115,9 @@ func TestAdminAPI(t *testing.T) {
 			}
 		}
 	}
-	var decisions struct{ Decisions []struct{ Name, Listener string } }
+	var decisions struct {
+		Decisions []struct{ Name, Listener string }
+	}
 	g.api("GET", "decisions?verdict=deny&listener=dns", &decisions)
 	if len(decisions.Decisions) != 1 || decisions.Decisions[0].Name != "denied.test" {
 		t.Errorf("%+v", decisions)
