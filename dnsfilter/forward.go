@@ -21,7 +21,7 @@ func (r *Resolver) ground(f *flight, tried *attempt) {
 	r.mu.Lock()
 	closed := r.closed
 	if !closed {
-		r.flying.Go(func() { r.fly(f, tried) })
+		r.flying.Go(func() { r.fly(f, f.begun, tried) })
 	}
 	r.mu.Unlock()
 	if closed {

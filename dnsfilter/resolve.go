@@ -455,7 +455,8 @@ func (r *Resolver) join(k key) (*flight, error) {
 // launch starts a flight for k. The caller holds mu, and has seen that there is room.
 func (r *Resolver) launch(k key) *flight {
 	f := r.newFlight(k)
-	r.flying.Go(func() { r.fly(f, nil) })
+	begun := f.begun
+	r.flying.Go(func() { r.fly(f, begun, nil) })
 	return f
 }
 
@@ -466,12 +467,12 @@ func (r *Resolver) newFlight(k key) *flight {
 	return f
 }
 
-// fly asks the upstreams and remembers the answer. If tried is not nil, one of them
-// has been asked already.
-func (r *Resolver) fly(f *flight, tried *attempt) {
+// fly asks the upstreams, with the time that is left since begun, and remembers the
+// answer. If tried is not nil, one of them has been asked already.
+func (r *Resolver) fly(f *flight, begun time.Time, tried *attempt) {
 	k := f.k
 	p := r.poolFor(k.name)
-	m, err := p.exchange(r.life, k.query(), f.begun, tried)
+	m, err := p.exchange(r.life, k.query(), begun, tried)
 	if err == nil && p.zone != "" {
 		m.AuthenticatedData = false // a chain of trust to a zone of one's own is nobody's to vouch for
 	}

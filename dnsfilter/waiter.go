@@ -161,7 +161,7 @@ func pad(p []byte) []byte {
 
 // unpack returns the message in p, which answers w.
 func (w *waiter) unpack(p []byte) (*dns.Msg, error) {
-	if w.exact { // spelt as it was before, and what is compressed with it
+	if w.exact && len(p) > headerSize { // or there is no question; spelt as it was before, and what is compressed with it
 		copy(p[headerSize:w.name], lowered(p[headerSize:w.name]))
 	}
 	m := new(dns.Msg)
