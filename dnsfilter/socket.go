@@ -35,6 +35,9 @@ type datagram struct {
 
 	slots   [udpSockets]slot
 	reading sync.WaitGroup
+
+	mu   sync.Mutex
+	open map[*socket]struct{} // those being read, of slots or not any more; guarded by mu
 }
 
 // slot holds the socket that takes the queries whose random choice it is.
@@ -122,8 +125,22 @@ func (d *datagram) place(w *waiter) (*socket, error) {
 		return nil, err // not with an empty table
 	}
 	sl.socket, sl.uses = s, 1
-	d.reading.Go(s.read)
+	d.mu.Lock()
+	if d.open == nil {
+		d.open = make(map[*socket]struct{})
+	}
+	d.open[s] = struct{}{}
+	d.mu.Unlock()
+	d.reading.Go(func() { d.run(s) })
 	return s, nil
+}
+
+// run reads s until that ends.
+func (d *datagram) run(s *socket) {
+	s.read()
+	d.mu.Lock()
+	delete(d.open, s)
+	d.mu.Unlock()
 }
 
 // add adds w to those that wait.
@@ -172,11 +189,13 @@ func (d *datagram) close() {
 		sl := &d.slots[i]
 		sl.mu.Lock()
 		sl.closed = true
-		if sl.socket != nil {
-			sl.socket.Close()
-		}
 		sl.mu.Unlock()
 	}
-	d.reading.Wait() // for queries under way as well, if any are left
+	d.mu.Lock()
+	for s := range d.open {
+		s.Close() // which ends the queries under way
+	}
+	d.mu.Unlock()
+	d.reading.Wait()
 	d.stream.close()
 }
