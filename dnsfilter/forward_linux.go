@@ -17,7 +17,8 @@ import (
 // far as one socket takes them. It is for one goroutine.
 type forwarder struct {
 	random *rand.ChaCha8
-	slot   byte    // the choice of sockets for this batch
+	slot   byte    // the random choice of a socket, for as many questions as one takes
+	uses   int     // of it
 	s      *socket // by which the first n leave
 	n      int
 	errno  syscall.Errno
@@ -90,9 +91,10 @@ func (f *forwarder) launch(fl *flight) {
 		f.flush()
 	}
 	w := newFlightWaiter(fl, p, u, d.randomCase, f.random)
-	if f.n == 0 {
+	if f.uses%socketUses == 0 {
 		f.slot = w.random[2]
 	}
+	f.uses++
 	w.random[2] = f.slot
 	p.counts.sent.Add(1)
 	u.sent.Add(1)
