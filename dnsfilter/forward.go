@@ -2,7 +2,9 @@ package dnsfilter
 
 import (
 	"encoding/binary"
+	"errors"
 	"math/rand/v2"
+	"syscall"
 	"time"
 
 	"github.com/miekg/dns"
@@ -15,6 +17,16 @@ import (
 // upstream's socket answers the clients. Whatever is not as it nearly always is
 // (truncated, no answer, a failure, aliases) is left to pool.exchange, which takes what
 // has been tried into account, and to Server.settle.
+
+// plainKnown reports whether u is asked without EDNS for the time being.
+func (p *pool) plainKnown(u *upstream) bool {
+	left := time.Duration(u.plain.Load() - p.now().UnixNano())
+	return left > 0 && left <= plainFor // more is left only if the clock was set back
+}
+
+// noRoom reports whether err says that the system had no room for what was to be sent,
+// which forward does not wait for.
+func noRoom(err error) bool { return errors.Is(err, syscall.EAGAIN) || errors.Is(err, syscall.ENOBUFS) }
 
 // ground has f go on in a goroutine.
 func (r *Resolver) ground(f *flight, tried *attempt) {

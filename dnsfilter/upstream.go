@@ -291,7 +291,7 @@ func (p *pool) judge(ctx context.Context, u *upstream, err error, took time.Dura
 		p.counts.failed.Add(1)
 		u.failed.Add(1)
 		p.answered(u, took)
-	case isExhausted(err): // which is nobody's fault but ours
+	case isExhausted(err), noRoom(err): // which is nobody's fault but ours
 		p.counts.failed.Add(1)
 	case ctx.Err() == nil: // or the caller's time was over, which says nothing about u
 		p.counts.failed.Add(1)
@@ -303,15 +303,9 @@ func (p *pool) judge(ctx context.Context, u *upstream, err error, took time.Dura
 }
 
 // isExhausted reports whether err says that this process or the system has no
-// descriptors left, or no room for what is to be sent.
+// descriptors left.
 func isExhausted(err error) bool {
-	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.EAGAIN) || errors.Is(err, syscall.ENOBUFS)
-}
-
-// plainKnown reports whether u is asked without EDNS for the time being.
-func (p *pool) plainKnown(u *upstream) bool {
-	left := time.Duration(u.plain.Load() - p.now().UnixNano())
-	return left > 0 && left <= plainFor // more is left only if the clock was set back
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
 }
 
 // askPlain asks with EDNS and, if the server does not know it, without (RFC 6891,
