@@ -83,9 +83,12 @@ type Stats struct {
 
 // A flight is one question on its way to the upstreams, and all who wait for it.
 type flight struct {
-	begun time.Time
-	done  chan struct{}
-	entry *entry // set before done is closed
+	r       *Resolver
+	k       key
+	begun   time.Time
+	done    chan struct{}
+	entry   *entry    // set before done is closed
+	clients *udpQuery // that no goroutine waits for; guarded by Resolver.mu
 }
 
 // New returns a Resolver for c, or every mistake in c, each with its path in the
@@ -451,32 +454,51 @@ func (r *Resolver) join(k key) (*flight, error) {
 
 // launch starts a flight for k. The caller holds mu, and has seen that there is room.
 func (r *Resolver) launch(k key) *flight {
-	f := &flight{begun: time.Now(), done: make(chan struct{})}
-	r.flights[k] = f
-	r.flying.Go(func() { r.fly(k, f) })
+	f := r.newFlight(k)
+	begun := f.begun
+	r.flying.Go(func() { r.fly(f, begun, nil) })
 	return f
 }
 
-// fly asks the upstreams and remembers the answer.
-func (r *Resolver) fly(k key, f *flight) {
+// newFlight returns a flight for k that others can join. The caller holds mu.
+func (r *Resolver) newFlight(k key) *flight {
+	f := &flight{r: r, k: k, begun: time.Now(), done: make(chan struct{})}
+	r.flights[k] = f
+	return f
+}
+
+// fly asks the upstreams, with the time that is left since begun, and remembers the
+// answer. If tried is not nil, one of them has been asked already.
+func (r *Resolver) fly(f *flight, begun time.Time, tried *attempt) {
+	k := f.k
 	p := r.poolFor(k.name)
-	m, err := p.exchange(r.life, k.query())
+	m, err := p.exchange(r.life, k.query(), begun, tried)
 	if err == nil && p.zone != "" {
 		m.AuthenticatedData = false // a chain of trust to a zone of one's own is nobody's to vouch for
 	}
 	now := r.cfg.Now()
+	var e *entry
 	if err != nil {
-		f.entry = failedEntry(k, err, failureEDE(err), now)
+		e = failedEntry(k, err, failureEDE(err), now)
 	} else {
-		f.entry = newEntry(k, m, now, r.cfg.Cache)
+		e = newEntry(k, m, now, r.cfg.Cache)
 	}
 	if !isExhausted(err) { // for that may be over in a moment
-		r.cache.put(k, f.entry, now) // before the flight ends, so that nobody begins another
+		r.cache.put(k, e, now) // before the flight ends, so that nobody begins another
 	}
+	deliver(r.land(f, e), e)
+}
+
+// land ends f with e, which has been remembered. The caller answers the clients returned.
+func (r *Resolver) land(f *flight, e *entry) *udpQuery {
+	f.entry = e
 	r.mu.Lock()
-	delete(r.flights, k)
+	delete(r.flights, f.k)
+	clients := f.clients
+	f.clients = nil
 	r.mu.Unlock()
 	close(f.done)
+	return clients
 }
 
 // poolFor returns the upstreams of the longest zone that name is in, or the general ones.

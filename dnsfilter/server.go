@@ -44,6 +44,7 @@ type Server struct {
 	conns    conns               // in clear
 	recorded map[string]struct{} // names on the wire that have records
 	idle     *sync.Pool          // of *slowFast
+	outboxes sync.Pool           // of *outbox
 	sample   *sampler            // nil unless Config.Events asks for it
 	cookies  cookies
 	slow     sync.WaitGroup // UDP queries under way
@@ -72,6 +73,7 @@ func NewServer(r *Resolver) *Server {
 	s := &Server{resolver: r, cfg: &r.cfg, counts: &r.counts,
 		down: make(chan struct{}), finished: make(chan struct{})}
 	s.idle = s.newIdle()
+	s.outboxes.New = s.newOutbox
 	s.recorded = make(map[string]struct{})
 	for name := range r.records {
 		s.recorded[string(wire.AppendName(nil, name.String()))] = struct{}{}
@@ -349,6 +351,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	case <-ctx.Done():
 	}
 	s.end()
+	s.cutOff()
 	for _, u := range s.udp {
 		u.conn.SetWriteDeadline(time.Now().Add(lastAnswers)) // for those who wait for room in the socket; fails as above
 	}

@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"sync"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -163,11 +164,13 @@ type udpReader struct {
 	long        [readSize]byte                    // a long query as a whole
 	written     [batch * maxEDNSSize]byte         // answers, one after the other
 	sent, ready int
+	up          forwarder
 }
 
 // serveUDP answers what comes in by u until the server shuts down.
 func (s *Server) serveUDP(u *udpSocket) error {
 	r := &udpReader{s: s, u: u, fast: newFast(s)}
+	r.up.init()
 	for i := range batch {
 		r.inv[i][0].Base, r.inv[i][1].Base = &r.read[i][0], &r.rest[i][0]
 		r.inv[i][0].SetLen(usualSize)
@@ -257,7 +260,7 @@ func (r *udpReader) answer(fd uintptr, n int) {
 		k := r.ready
 		p, ok := r.fast.answer(r.written[used:used:used+maxEDNSSize], packet, client{addr: m.addr(), udp: true}, now, &r.outcomes[k])
 		if !ok {
-			r.s.answerLater(r.u, m, packet, r.fast.missed)
+			r.miss(m, packet, now)
 			continue
 		}
 		r.outv[k].Base = &p[0]
@@ -270,6 +273,7 @@ func (r *udpReader) answer(fd uintptr, n int) {
 		r.ready++
 		used += len(p)
 	}
+	r.up.flush()
 	for r.sent = 0; r.sent < r.ready; {
 		first := r.sent
 		err := r.send(fd)
@@ -334,6 +338,10 @@ func (r *udpReader) sendLater() (n int, errno syscall.Errno, err error) {
 
 // A udpQuery is a query that takes longer, with the way back.
 type udpQuery struct {
+	s      *Server
+	next   *udpQuery // of those that wait for the same answer
+	entry  *entry    // that answer, once it is known
+	start  time.Time
 	u      *udpSocket
 	m      message
 	size   int
@@ -343,25 +351,44 @@ type udpQuery struct {
 
 var udpQueries = sync.Pool{New: func() any { return new(udpQuery) }}
 
-// answerLater has a copy of packet answered by another goroutine, or drops it if too
-// many are under way.
-func (s *Server) answerLater(u *udpSocket, m *message, packet []byte, missed bool) {
+// miss has a copy of packet, which the fast path has left, answered later, or drops it
+// if too many are under way. Every query over UDP that upstreams may be asked for comes
+// through here.
+func (r *udpReader) miss(m *message, packet []byte, now time.Time) {
+	s := r.s
 	if s.inFlight.Add(1) > maxInFlight {
 		s.inFlight.Add(-1)
 		s.counts.dropped.Add(1)
 		return
 	}
 	q := udpQueries.Get().(*udpQuery)
-	q.u, q.m, q.size, q.missed = u, *m, copy(q.packet[:], packet), missed
+	q.s, q.next, q.entry, q.start = s, nil, nil, now
+	q.u, q.m, q.size, q.missed = r.u, *m, copy(q.packet[:], packet), r.fast.missed
 	s.slow.Add(1)
+	if q.missed && s.cfg.Cache.Size > 0 && r.up.forward(q, keyOf(&r.fast.q)) {
+		return
+	}
 	go s.answerUDP(q)
 }
 
+// answerUDP answers q, and is the end of it.
 func (s *Server) answerUDP(q *udpQuery) {
-	defer s.slow.Done()
-	defer s.inFlight.Add(-1)
-	s.serveLater(s.life, client{addr: q.m.addr(), udp: true, back: q}, q.packet[:q.size], q.missed)
+	c, packet := client{addr: q.m.addr(), udp: true, back: q}, q.packet[:q.size]
+	if e := q.entry; e == nil {
+		s.serveLater(s.life, c, packet, q.missed)
+	} else if !s.settleLater(c, packet, q.start, e) {
+		s.serve(s.life, c, packet)
+	}
+	q.done()
+}
+
+// done frees q, which has been answered.
+func (q *udpQuery) done() {
+	s := q.s
+	q.s, q.entry, q.u = nil, nil, nil
 	udpQueries.Put(q)
+	s.inFlight.Add(-1)
+	s.slow.Done()
 }
 
 // send implements the way back of a client.

@@ -345,6 +345,42 @@ func skipName(message []byte, at int) int {
 	return 0
 }
 
+// EndOfName returns where the name at the offset at of message ends, 0 if it is no whole
+// name of up to 255 bytes, or one with a pointer (RFC 1035, section 4.1.4) that does not
+// point back.
+func EndOfName(message []byte, at int) (end int) {
+	size, begin := 0, at // begin: of the labels that at is among
+	for at < len(message) {
+		n := int(message[at])
+		switch {
+		case n == 0:
+			if end == 0 {
+				end = at + 1
+			}
+			return end
+		case n >= 0xC0:
+			if at+2 > len(message) {
+				return 0
+			}
+			if end == 0 {
+				end = at + 2
+			}
+			if at = n&0x3F<<8 | int(message[at+1]); at >= begin {
+				return 0
+			}
+			begin = at
+		case n > maxLabel:
+			return 0
+		default:
+			if size += n + 1; size >= maxName {
+				return 0
+			}
+			at += n + 1
+		}
+	}
+	return 0
+}
+
 // Age lets age seconds pass for the records whose TTLs are at offsets of message.
 func Age(message []byte, offsets []uint16, age uint32) {
 	if age == 0 {
