@@ -55,10 +55,12 @@ func benchmarkSlow(b *testing.B, name string) {
 
 // benchmarkFast answers as a reader of packets does, by a real policy, with an
 // Observer that is told a sample.
-func benchmarkFast(b *testing.B, name string, want policy.Verdict) {
+func benchmarkFast(b *testing.B, name string, want policy.Verdict, options ...dns.EDNS0) {
 	l := newLab(b, Config{Events: EventsSample})
 	l.s.cfg.Counter = countNothing{}
-	p, err := withEDNS(question(name, dns.TypeA)).Pack()
+	q := withEDNS(question(name, dns.TypeA))
+	q.IsEdns0().Option = options
+	p, err := q.Pack()
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -82,7 +84,10 @@ type sinkhole struct{}
 
 func (sinkhole) Observe(*event.Event) {}
 
-func BenchmarkCacheHit(b *testing.B)     { benchmarkFast(b, "www.cdn.test.", policy.Allow) }
+func BenchmarkCacheHit(b *testing.B) { benchmarkFast(b, "www.cdn.test.", policy.Allow) }
+func BenchmarkCacheHitCookie(b *testing.B) {
+	benchmarkFast(b, "www.cdn.test.", policy.Allow, &dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: "0102030405060708"})
+}
 func BenchmarkRefused(b *testing.B)      { benchmarkFast(b, "evil.test.", policy.Deny) }
 func BenchmarkCacheHitSlow(b *testing.B) { benchmarkSlow(b, "api.ok.test.") }
 func BenchmarkRefusedSlow(b *testing.B)  { benchmarkSlow(b, "evil.test.") }

@@ -1,6 +1,7 @@
 package dnsfilter
 
 import (
+	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -42,6 +43,15 @@ type Config struct {
 	// Listen holds the addresses of the Server as ip:port or :port, each for UDP and
 	// TCP. Port 0 is any free port. Empty: the Server has no listeners.
 	Listen []string
+
+	// TLSListen and HTTPSListen hold the addresses where the Server speaks DNS over TLS
+	// (RFC 7858) and HTTPS (RFC 8484, path /dns-query), as Listen. They need Certificate,
+	// or SetCertificate before the first client.
+	TLSListen   []string
+	HTTPSListen []string
+	Certificate tls.Certificate
+
+	ProxyProtocol ProxyProtocol // on TCP, TLS and HTTPS
 
 	// Upstreams are asked in this order, those that failed lately last: ip, ip:port,
 	// udp://, tcp://, tls://host (port 853, RFC 7858) or https://host/path (RFC 8484).
@@ -94,6 +104,14 @@ type Config struct {
 
 	// Now is the clock for TTLs, decisions and events; nil is time.Now.
 	Now func() time.Time
+}
+
+// ProxyProtocol says who speaks for others. The zero value: nobody.
+type ProxyProtocol struct {
+	// Trusted are the peers, load balancers, that must begin every connection with a
+	// PROXY protocol header, version 1 or 2. Its source is then who asks, in every
+	// respect. Peers outside of them that send one are cut off.
+	Trusted []netip.Prefix
 }
 
 // A Zone is a name below which, and for which, other upstreams are asked.
@@ -216,9 +234,14 @@ func (refuseAll) Decide(policy.Request) policy.Decision {
 // Paths in messages are those of the settings file.
 func (c Config) check() error {
 	var errs []error
-	for i, l := range c.Listen {
-		if _, err := parseListen(l); err != nil {
-			errs = append(errs, fmt.Errorf("dns.listen[%d]: %w", i, err))
+	for _, list := range []struct {
+		key   string
+		addrs []string
+	}{{"listen", c.Listen}, {"tls_listen", c.TLSListen}, {"https_listen", c.HTTPSListen}} {
+		for i, l := range list.addrs {
+			if _, err := parseListen(l); err != nil {
+				errs = append(errs, fmt.Errorf("dns.%s[%d]: %w", list.key, i, err))
+			}
 		}
 	}
 	switch c.Events {

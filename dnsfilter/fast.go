@@ -28,13 +28,14 @@ type fast struct {
 func newFast(s *Server) *fast {
 	f := &fast{s: s}
 	f.wire, _ = s.cfg.Decider.(WireDecider)
-	f.ev.Kind, f.ev.Listener = event.DNS, "dns"
+	f.ev.Kind = event.DNS
 	return f
 }
 
 // An outcome is what is to be told of a query that a fast has answered.
 type outcome struct {
 	addr   netip.AddrPort
+	door   door
 	d      policy.Decision
 	qtype  uint16
 	rcode  int
@@ -57,12 +58,12 @@ func (f *fast) answer(dst, packet []byte, c client, now time.Time, o *outcome) (
 	if _, own := s.recorded[string(q.Name.Bytes())]; own {
 		return dst, false
 	}
-	o.addr, o.qtype, o.packed, o.asked, o.name = c.addr, q.Type, nil, 0, len(q.Name.Bytes())
+	o.addr, o.door, o.qtype, o.packed, o.asked, o.name = c.addr, c.door, q.Type, nil, 0, len(q.Name.Bytes())
 	o.d = f.decide(req)
 	start := len(dst)
 	var ok bool
 	if !o.d.Passes() {
-		dst = f.refuse(dst, o)
+		dst = f.refuse(dst, c, now, o)
 	} else if dst, ok = f.cached(dst, req, c, now, o); !ok {
 		return dst[:start], false
 	}
@@ -91,8 +92,23 @@ func (f *fast) sampleKey() []byte {
 	return wire.AppendKey(f.q.AppendName(f.key[:0]), f.q.Type, false, false)
 }
 
+// appendOPT ends the answer that begins at start of dst with an OPT record, as message does.
+func (f *fast) appendOPT(dst []byte, start int, c client, now time.Time, ede uint16, text string) []byte {
+	opt := len(dst)
+	dst = f.q.AppendOPT(dst, start, uint16(f.s.cfg.MaxUDPSize), ede, text)
+	if f.q.Cookie != nil {
+		var made [cookieSize]byte
+		f.s.cookies.answer(&made, f.q.Cookie, c.addr.Addr(), now)
+		dst = wire.AppendOption(dst, opt, wire.OptionCookie, made[:])
+	}
+	if f.q.Padded && c.door.secret() {
+		dst = wire.AppendPadding(dst, start, opt, dns.MaxMsgSize)
+	}
+	return dst
+}
+
 // refuse appends the refusal that refusal would make.
-func (f *fast) refuse(dst []byte, o *outcome) []byte {
+func (f *fast) refuse(dst []byte, c client, now time.Time, o *outcome) []byte {
 	start := len(dst)
 	var sunk []byte
 	switch f.s.resolver.denialOf(wire.AppendText(f.text[:0], f.q.Name.Bytes()), o.d.Reason) {
@@ -124,7 +140,7 @@ func (f *fast) refuse(dst []byte, o *outcome) []byte {
 	if o.d.Reason == policy.ReasonUnmatchedSource {
 		ede = dns.ExtendedErrorCodeProhibited
 	}
-	return f.q.AppendOPT(dst, start, uint16(f.s.cfg.MaxUDPSize), ede, o.d.Reason.String())
+	return f.appendOPT(dst, start, c, now, ede, o.d.Reason.String())
 }
 
 // What a sinkhole answers.
@@ -140,7 +156,7 @@ func (f *fast) cached(dst []byte, req policy.Request, c client, now time.Time, o
 	s, q := f.s, &f.q
 	if q.Type == dns.TypeHTTPS || q.Type == dns.TypeSVCB {
 		if s.cfg.HTTPSRecords == HTTPSNodata {
-			return f.nodata(dst, o), true
+			return f.nodata(dst, c, now, o), true
 		}
 	}
 	if s.resolver.hosts.mayHave(q.Name.Bytes(), q.Type) {
@@ -175,6 +191,9 @@ func (f *fast) known(dst []byte, e *entry, p *packed, req policy.Request, c clie
 	if q.EDNS {
 		size += wire.OPTSize
 	}
+	if q.Cookie != nil {
+		size += cookieOptionSize
+	}
 	if size > limit && !c.udp {
 		return dst, false
 	}
@@ -186,7 +205,7 @@ func (f *fast) known(dst []byte, e *entry, p *packed, req policy.Request, c clie
 		wire.Age(dst[start:], p.ttls, e.age(now))
 	}
 	if q.EDNS {
-		dst = q.AppendOPT(dst, start, uint16(s.cfg.MaxUDPSize), 0, "")
+		dst = f.appendOPT(dst, start, c, now, 0, "")
 	}
 	return dst, true
 }
@@ -206,11 +225,11 @@ func (f *fast) allPass(req policy.Request, p *packed) bool {
 }
 
 // nodata appends an answer without records.
-func (f *fast) nodata(dst []byte, o *outcome) []byte {
+func (f *fast) nodata(dst []byte, c client, now time.Time, o *outcome) []byte {
 	start := len(dst)
 	o.rcode = dns.RcodeSuccess
 	if dst = f.q.AppendHeader(dst, o.rcode); f.q.EDNS {
-		dst = f.q.AppendOPT(dst, start, uint16(f.s.cfg.MaxUDPSize), 0, "")
+		dst = f.appendOPT(dst, start, c, now, 0, "")
 	}
 	return dst
 }
@@ -230,6 +249,7 @@ func (f *fast) observe(o *outcome, packet []byte, start, end time.Time, err erro
 	name := len(text)
 	both := string(s.appendID(text))
 	ev := &f.ev // whose other fields never change
+	ev.Listener = o.door.String()
 	ev.Time, ev.ID, ev.Source, ev.Name, ev.Decision = start, both[name:], o.addr, both[:name], o.d
 	ev.QType, ev.RCode, ev.Answers, ev.Error = typeName(o.qtype), rcodeNames[o.rcode&0xF], nil, ""
 	ev.DNSTime, ev.Duration = o.asked, end.Sub(start)

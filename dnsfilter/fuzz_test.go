@@ -39,6 +39,20 @@ func FuzzServer(f *testing.F) {
 	q := withEDNS(withEDNS(question("api.ok.test.", dns.TypeA)))
 	q.IsEdns0().Option = []dns.EDNS0{&dns.EDNS0_SUBNET{Code: dns.EDNS0SUBNET, Family: 1, SourceNetmask: 24, Address: net.IPv4(198, 51, 100, 0)}}
 	seed(q)
+	for _, o := range []dns.EDNS0{
+		&dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: "0102030405060708"},
+		&dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: "010203040506070801000000695734a51f8130c3eee29480"},
+		&dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: "0102"},
+		&dns.EDNS0_PADDING{Padding: make([]byte, 50)},
+		&dns.EDNS0_TCP_KEEPALIVE{Code: dns.EDNS0TCPKEEPALIVE},
+		&dns.EDNS0_LOCAL{Code: 65001, Data: []byte("x")},
+	} {
+		for _, name := range []string{"api.ok.test.", "evil.test."} {
+			q := withEDNS(question(name, dns.TypeA))
+			q.IsEdns0().Option = []dns.EDNS0{o, &dns.EDNS0_PADDING{}}
+			seed(q)
+		}
+	}
 	f.Add([]byte{0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0xC0, 12, 0, 1, 0, 1})
 
 	r := newResolver(f, Config{Decider: people, Cache: Cache{Size: mib}, Upstreams: []string{"192.0.2.53"}, Now: newClock().now}, nil)
@@ -50,6 +64,9 @@ func FuzzServer(f *testing.F) {
 			return // no more is read
 		}
 		c := client{addr: netip.MustParseAddrPort(alice + ":1234"), udp: true}
+		if len(packet) > 0 && packet[0]&1 != 0 { // of the ID
+			c = client{addr: c.addr, door: doorTLS}
+		}
 		now := s.cfg.Now()
 		for range 2 { // the second time from the cache
 			got := new(answersTo)

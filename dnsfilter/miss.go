@@ -48,7 +48,7 @@ func (s *Server) fetch(ctx context.Context, c client, packet []byte) bool {
 	s.counts.misses.Add(1)
 	now := s.cfg.Now()
 	o := &f.outcome
-	*o = outcome{addr: c.addr, d: d, qtype: q.Type, name: len(q.Name.Bytes()), asked: now.Sub(start)}
+	*o = outcome{addr: c.addr, door: c.door, d: d, qtype: q.Type, name: len(q.Name.Bytes()), asked: now.Sub(start)}
 	if p, ok := f.known(f.buf[:0], e, s.packedOf(q.Key(), q.Type, e), req, c, now, o); ok {
 		err = c.back.send(p)
 		o.tell = f.tells(o, start)

@@ -150,6 +150,7 @@ type udpReader struct {
 	u      *udpSocket
 	fast   *fast
 	failed error // of the socket
+	short  bool  // the kernel had no memory: it may have some in a moment
 
 	in, out     [batch]mmsghdr
 	inv         [batch][2]unix.Iovec
@@ -175,6 +176,12 @@ func (s *Server) serveUDP(u *udpSocket) error {
 		r.in[i].hdr.SetIovlen(2)
 		r.out[i].hdr.SetIovlen(1)
 	}
+	return r.run()
+}
+
+// run answers until the server shuts down or the socket fails.
+func (r *udpReader) run() error {
+	s, u := r.s, r.u
 	for {
 		err := u.raw.Read(r.receive)
 		if isClosed(s.down) {
@@ -182,6 +189,12 @@ func (s *Server) serveUDP(u *udpSocket) error {
 		}
 		if err == nil {
 			err = r.failed
+		}
+		if err == nil && r.short {
+			if r.short = false; !wait(acceptPause, s.down) {
+				return nil
+			}
+			continue
 		}
 		if err != nil {
 			return &net.OpError{Op: "read", Net: "udp", Addr: u.conn.LocalAddr(), Err: err}
@@ -209,7 +222,7 @@ func (r *udpReader) receive(fd uintptr) bool {
 		case unix.EINTR, unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH: // an earlier answer did not arrive
 			continue
 		default:
-			r.failed = os.NewSyscallError("recvmmsg", errno)
+			r.fail(errno)
 			return true
 		}
 		r.answer(fd, int(n))
@@ -219,6 +232,15 @@ func (r *udpReader) receive(fd uintptr) bool {
 		runtime.Gosched() // queries that take longer, and who writes the log, have their turn under load too
 	}
 	return true
+}
+
+// fail notes that reading failed: for the moment, or for good.
+func (r *udpReader) fail(errno syscall.Errno) {
+	if errno == unix.ENOMEM || errno == unix.ENOBUFS {
+		r.short = true
+		return
+	}
+	r.failed = os.NewSyscallError("recvmmsg", errno)
 }
 
 // answer answers the first n packets.

@@ -16,11 +16,16 @@ type udpSocket struct{ conn *net.UDPConn }
 
 // shareUDP returns the one socket of an address, first, which it takes ownership of.
 func shareUDP(first *net.UDPConn) ([]*udpSocket, error) {
+	u, err := newUDPSocket(first)
+	return []*udpSocket{u}, err
+}
+
+func newUDPSocket(c *net.UDPConn) (*udpSocket, error) {
 	// One of the two is for the other family, and where neither works answers may leave
 	// a host with several addresses by another than the one asked.
-	_ = ipv6.NewPacketConn(first).SetControlMessage(ipv6.FlagDst|ipv6.FlagInterface, true)
-	_ = ipv4.NewPacketConn(first).SetControlMessage(ipv4.FlagDst|ipv4.FlagInterface, true)
-	return []*udpSocket{{first}}, nil
+	_ = ipv6.NewPacketConn(c).SetControlMessage(ipv6.FlagDst|ipv6.FlagInterface, true)
+	_ = ipv4.NewPacketConn(c).SetControlMessage(ipv4.FlagDst|ipv4.FlagInterface, true)
+	return &udpSocket{c}, nil
 }
 
 // A udpQuery is a query with the way back.

@@ -268,9 +268,14 @@ func (p *pool) ask(ctx context.Context, u *upstream, query *dns.Msg, within time
 }
 
 // isExhausted reports whether err says that this process or the system has no
-// descriptors left.
+// descriptors left. Of a name that could not be looked up for that, package net keeps
+// the text alone.
 func isExhausted(err error) bool {
-	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
+	if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
+		return true
+	}
+	failed, ok := errors.AsType[*net.DNSError](err)
+	return ok && (strings.HasSuffix(failed.Err, syscall.EMFILE.Error()) || strings.HasSuffix(failed.Err, syscall.ENFILE.Error()))
 }
 
 // askPlain asks with EDNS and, if the server does not know it, without (RFC 6891,

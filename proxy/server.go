@@ -143,6 +143,7 @@ type Server struct {
 	hurried     atomic.Int64 // connections that these two refuse, at the moment
 	descriptors *descriptors
 
+	inherited struct{ plain, secure []net.Listener } // for Listen
 	listeners []net.Listener
 	addrs     []netip.AddrPort // of listeners
 	own       []netip.AddrPort // of this process: no request may reach them
@@ -238,8 +239,8 @@ func (s *Server) Listen() error {
 	// MPTCP, which Go would use where it can, cannot be spliced.
 	lc := listenConfig()
 	lc.SetMultipathTCP(false)
-	for _, a := range s.cfg.Listen {
-		l, err := lc.Listen(context.Background(), "tcp", a)
+	for i, a := range s.cfg.Listen {
+		l, err := s.listen(lc, a, s.inherited.plain, i)
 		if err != nil {
 			s.closeListeners()
 			return err // which names the address
@@ -247,8 +248,8 @@ func (s *Server) Listen() error {
 		s.listeners = append(s.listeners, l)
 		s.addrs = append(s.addrs, addrPort(l.Addr()))
 	}
-	for _, a := range s.cfg.TLS.Listen {
-		l, err := lc.Listen(context.Background(), "tcp", a)
+	for i, a := range s.cfg.TLS.Listen {
+		l, err := s.listen(lc, a, s.inherited.secure, i)
 		if err != nil {
 			s.closeListeners()
 			return err
@@ -259,6 +260,21 @@ func (s *Server) Listen() error {
 	s.Guard(s.addrs...)
 	s.Guard(s.secure.addrs...)
 	return nil
+}
+
+// Inherit has Listen use sockets that somebody else has bound: plain ones instead of binding
+// the addresses of Config.Listen, secure ones instead of those of Config.TLS.Listen, of the
+// same number. The Server closes them. Call it before Listen.
+func (s *Server) Inherit(plain, secure []net.Listener) {
+	s.inherited.plain, s.inherited.secure = plain, secure
+}
+
+// listen returns what is inherited as number i, or else binds addr.
+func (s *Server) listen(lc *net.ListenConfig, addr string, inherited []net.Listener, i int) (net.Listener, error) {
+	if i < len(inherited) {
+		return inherited[i], nil
+	}
+	return lc.Listen(context.Background(), "tcp", addr)
 }
 
 // Guard keeps requests away from addrs, further listeners of this process, whatever

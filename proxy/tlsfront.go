@@ -13,7 +13,7 @@ import (
 
 	"sallyport/policy/event"
 	"sallyport/proxy/htpasswd"
-	"sallyport/proxy/proxyproto"
+	"sallyport/proxyproto"
 )
 
 // UserFrom says which part of a client's certificate names its user.

@@ -73,6 +73,7 @@ func inspect(o *options, strict bool) *checkReport {
 	r.source, r.settings = settings.Policy.Source, settings.File
 	r.policy, r.warnings, r.err = newSource(settings).load()
 	r.addIdentity(settings.Proxy)
+	r.addDNSIdentity(settings.DNS)
 	r.addSettings(settings.File, dnsfilter.Check(dnsConfig(settings.DNS)))
 	_, err = newRoutes(&settings.Proxy)
 	r.addSettings(settings.File, err)

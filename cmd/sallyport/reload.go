@@ -38,7 +38,7 @@ func (g *gate) reloader(ctx context.Context) {
 		if g.users != nil {
 			err = errors.Join(err, g.attempt("users", g.reloadUsers))
 		}
-		if g.certificates.leaf != nil {
+		if g.certificates.leaf != nil || g.dnsCertificate.leaf != nil {
 			err = errors.Join(err, g.attempt("certificates", g.reloadCertificates))
 		}
 		err = errors.Join(err, g.attempt("policy", g.reloadPolicy))
@@ -69,6 +69,9 @@ func (g *gate) attempt(what string, reload func() error) error {
 func (g *gate) reloadSettings() error {
 	s, err := g.options.load()
 	if err != nil {
+		return err
+	}
+	if err := g.sockets.apply(&s); err != nil {
 		return err
 	}
 	if rest := g.settings.RestartOnly(s); len(rest) > 0 {
@@ -226,7 +229,8 @@ func (g *gate) readiness(ctx context.Context) admin.Status {
 	st := admin.Status{Draining: g.status.draining, Policy: g.status.policy, Listeners: map[string]bool{}}
 	listening := g.status.up && !g.status.draining
 	g.status.mu.Unlock()
-	for name, addrs := range map[string][]string{"proxy": g.settings.Proxy.Listen, "proxy_tls": g.settings.Proxy.TLSListen, "dns": g.settings.DNS.Listen} {
+	for name, addrs := range map[string][]string{"proxy": g.settings.Proxy.Listen, "proxy_tls": g.settings.Proxy.TLSListen,
+		"dns": g.settings.DNS.Listen, "dns_tls": g.settings.DNS.TLSListen, "dns_https": g.settings.DNS.HTTPSListen} {
 		if len(addrs) > 0 {
 			st.Listeners[name] = listening
 		}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -42,10 +43,19 @@ func newRun(o *options) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			sockets, err := takeSockets()
+			if err == nil {
+				err = sockets.apply(&settings)
+			}
+			if err != nil {
+				return usageError(err)
+			}
 			g, err := newGate(o, settings)
 			if err != nil {
 				return err
 			}
+			g.sockets = sockets
+			sockets.handOver(g)
 			g.signals = signals
 			return g.run(cmd.Context(), cmd.ErrOrStderr())
 		},
@@ -72,7 +82,9 @@ type gate struct {
 	hangup   chan struct{} // SIGHUP asks for a reload of settings and policy
 	changed  chan struct{} // the policy's files ask for one of the policy
 
-	certificates certificates // in force, of proxy.tls
+	certificates   certificates // in force, of proxy.tls
+	dnsCertificate certificates // in force, of dns.tls
+	sockets        inherited
 }
 
 // newGate builds everything and loads the policy. Nothing listens yet.
@@ -87,10 +99,18 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 		return nil, usageError(err)
 	}
 	if len(s.Proxy.TLSListen) > 0 {
-		if g.certificates, err = loadCertificates(s.Proxy.TLS); err != nil {
+		if g.certificates, err = loadCertificates("proxy.tls", s.Proxy.TLS); err != nil {
 			return nil, usageError(err)
 		}
 		if w := g.certificates.warning(s.Proxy.TLS.Certificate, time.Now()); w != nil {
+			warnings = append(warnings, w)
+		}
+	}
+	if isEncrypted(s.DNS) {
+		if g.dnsCertificate, err = loadDNSCertificate(s.DNS); err != nil {
+			return nil, usageError(err)
+		}
+		if w := g.dnsCertificate.warning(s.DNS.TLS.Certificate, time.Now()); w != nil {
 			warnings = append(warnings, w)
 		}
 	}
@@ -152,6 +172,7 @@ func (g *gate) dnsConfig() dnsfilter.Config {
 	c := dnsConfig(g.settings.DNS)
 	c.Decider, c.Counter, c.Observer, c.Logger = &g.store, g.metrics, g.log, g.logger
 	c.Events = dnsfilter.Events(g.settings.Log.DNS)
+	c.Certificate = g.dnsCertificate.Certificate
 	if g.settings.Log.Format != string(eventlog.JSON) {
 		c.Observer = nil // the other formats have no lines for queries
 	}
@@ -161,6 +182,7 @@ func (g *gate) dnsConfig() dnsfilter.Config {
 // dnsConfig returns what the settings say about the resolver.
 func dnsConfig(s config.DNS) dnsfilter.Config {
 	c := dnsfilter.Config{
+		TLSListen: s.TLSListen, HTTPSListen: s.HTTPSListen, ProxyProtocol: dnsfilter.ProxyProtocol{Trusted: s.ProxyProtocol.Trusted},
 		Listen: s.Listen, Upstreams: s.Upstreams, HostsFile: s.HostsFile,
 		Deny: dnsfilter.Denial(s.Deny), HTTPSRecords: dnsfilter.HTTPSRecords(s.HTTPSRecords), CNAMEs: dnsfilter.CNAMEs(s.CNAMEs),
 		MaxUDPSize: s.EDNSSize, HealthName: s.HealthName, SearchDomains: s.SearchDomains,
@@ -235,7 +257,7 @@ func (g *gate) serve(ctx context.Context, hints io.Writer) error {
 	if err := g.listen(); err != nil {
 		return failure(err)
 	}
-	g.proxy.Guard(g.dns.Addrs()...)
+	g.proxy.Guard(slices.Concat(g.dns.Addrs(), g.dns.TLSAddrs(), g.dns.HTTPSAddrs())...)
 	g.proxy.Guard(g.admin.Addrs()...)
 	g.announce(hints)
 
@@ -341,6 +363,12 @@ func (g *gate) announce(hints io.Writer) {
 	}
 	for _, a := range g.dns.Addrs() {
 		say("dns", a.String())
+	}
+	for _, a := range g.dns.TLSAddrs() {
+		say("dns_tls", a.String())
+	}
+	for _, a := range g.dns.HTTPSAddrs() {
+		say("dns_https", a.String())
 	}
 	for _, a := range g.admin.Addrs() {
 		say("admin", a.String())

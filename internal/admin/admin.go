@@ -77,6 +77,9 @@ type Server struct {
 	listener net.Listener
 }
 
+// Inherit has Listen use l, which somebody else has bound. The Server closes it.
+func (s *Server) Inherit(l net.Listener) { s.listener = l }
+
 // New returns a Server that does nothing yet.
 func New(c Config) *Server {
 	mux := http.NewServeMux()
@@ -135,7 +138,7 @@ func writeIndex(w http.ResponseWriter, _ *http.Request) {
 
 // Listen binds Config.Listen. The error names the address.
 func (s *Server) Listen() error {
-	if s.listen == "" {
+	if s.listen == "" || s.listener != nil {
 		return nil
 	}
 	l, err := net.Listen("tcp", s.listen)

@@ -37,6 +37,10 @@ proxy:
   pac: {direct: []}
 dns:
   listen: ["127.0.0.1:1053"]
+  tls_listen: []
+  https_listen: []
+  tls: {certificate: "", key: ""}
+  proxy_protocol: {trusted: []}
   upstreams: []
   zones: []
   records: []
@@ -127,7 +131,7 @@ func TestDefaults(t *testing.T) {
 		DNS: DNS{
 			Listen: []string{"127.0.0.1:1053"}, Upstreams: []string{}, Zones: []Zone{}, Records: []Record{},
 			HostsFile: "/etc/hosts", Deny: "refused", HTTPSRecords: "strip_ech", CNAMEs: "trust", EDNSSize: 1232,
-			UpstreamMode: "sequential", SearchDomains: []string{},
+			UpstreamMode: "sequential", SearchDomains: []string{}, TLSListen: []string{}, HTTPSListen: []string{}, ProxyProtocol: ProxyProtocol{Trusted: []netip.Prefix{}},
 			Cache: Cache{Size: 64 << 20, MaxTTL: 24 * time.Hour, ServeStale: time.Hour},
 		},
 		Admin:  Admin{Listen: "127.0.0.1:9128"},
@@ -204,6 +208,7 @@ func TestEveryKeyEverywhere(t *testing.T) {
 	values := map[string]string{
 		"node": "gate-2", "proxy.listen": ":1", "proxy.help_url": "mailto:net@corp.example", "proxy.proxy_protocol.trusted": "10.0.0.0/8",
 		"dns.listen": ":2", "dns.upstreams": "192.0.2.1", "dns.zones": `[{"zone": "corp.example", "upstreams": ["10.0.0.53"], "private_destinations": ["10.0.0.0/8"]}]`,
+		"dns.tls_listen": "[]", "dns.https_listen": "[]", "dns.tls.certificate": "c.pem", "dns.tls.key": "k.pem", "dns.proxy_protocol.trusted": "10.0.0.0/8",
 		"dns.records":    "[{name: a.example, type: TXT, value: hello}]",
 		"dns.hosts_file": "hosts", "dns.deny": "nodata", "dns.https_records": "pass", "dns.cnames": "inspect",
 		"dns.upstream_mode": "fastest", "dns.health_name": "health.example", "dns.search_domains": "cluster.local",
@@ -219,7 +224,7 @@ func TestEveryKeyEverywhere(t *testing.T) {
 	}
 	alone := map[string]bool{ // keys that nothing but their default can stand for alone
 		"proxy.auth.required": true, "proxy.tls_listen": true,
-		"proxy.tls.require_client_certificate": true,
+		"proxy.tls.require_client_certificate": true, "dns.tls_listen": true, "dns.https_listen": true,
 	}
 	def := mustLoad(t, "", LoadOptions{})
 	seen := map[string]string{}

@@ -114,7 +114,12 @@ type Limits struct {
 
 // DNS holds the settings of the resolver.
 type DNS struct {
-	Listen            []string `yaml:"listen" kind:"listen" doc:"Addresses to listen on, host:port, UDP and TCP. []: no resolver for clients; the proxy still resolves by these settings."`
+	Listen        []string      `yaml:"listen" kind:"listen" doc:"Addresses to listen on, host:port, UDP and TCP. []: no resolver for clients; the proxy still resolves by these settings."`
+	TLSListen     []string      `yaml:"tls_listen" kind:"listen" doc:"Addresses for DNS over TLS (RFC 7858), host:port, usually :853. Needs dns.tls.certificate and dns.tls.key. []: none."`
+	HTTPSListen   []string      `yaml:"https_listen" kind:"listen" doc:"Addresses for DNS over HTTPS (RFC 8484), host:port, with the path /dns-query and HTTP/1.1 or HTTP/2. Needs dns.tls.certificate and dns.tls.key. []: none."`
+	TLS           DNSTLS        `yaml:"tls" doc:"The TLS of tls_listen and https_listen."`
+	ProxyProtocol ProxyProtocol `yaml:"proxy_protocol" doc:"PROXY protocol from load balancers in front of the resolver, over TCP, TLS and HTTPS."`
+
 	Upstreams         []string `yaml:"upstreams" kind:"upstream" doc:"Resolvers to forward to: an address or udp://address:port (then TCP if truncated), tcp://address:port, tls://host#name or https://host/path#name, where #name is the name in the certificate of a host given as an address. []: those of this machine (/etc/resolv.conf)."`
 	UpstreamMode      string   `yaml:"upstream_mode" kind:"enum" enum:"sequential fastest" doc:"Which of several resolvers is asked first: in the order they are listed, or the one that answers fastest. Those that fail come last either way."`
 	Zones             []Zone   `yaml:"zones" doc:"Conditional forwarding: names below a zone go to the zone's own upstreams."`
@@ -128,6 +133,12 @@ type DNS struct {
 	HealthName        string   `yaml:"health_name" kind:"opt_name" doc:"A name that is answered to everybody, whatever the policy and the upstreams say: A 127.0.0.1, AAAA ::1, TXT ok. Empty: none."`
 	SearchDomains     []string `yaml:"search_domains" kind:"name" doc:"Suffixes that clients append while they search, such as cluster.local: unlisted names below them are answered NXDOMAIN, whatever dns.deny says."`
 	Cache             Cache    `yaml:"cache" doc:"Answers kept."`
+}
+
+// DNSTLS holds the certificate of the resolver's encrypted listeners.
+type DNSTLS struct {
+	Certificate string `yaml:"certificate" kind:"path" doc:"PEM file of the certificate and the chain to its authority; relative to this file. Read again when it changes."`
+	Key         string `yaml:"key" kind:"path" doc:"PEM file of the certificate's key; relative to this file."`
 }
 
 // A Zone forwards the names below it to upstreams of its own.

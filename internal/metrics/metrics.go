@@ -148,7 +148,7 @@ const other = "other"
 const verdicts = 3
 
 var (
-	listeners = [...]string{"proxy", "proxy_tls", "dns", "transparent"}
+	listeners = [...]string{"proxy", "proxy_tls", "dns", "transparent", "dns_tls", "dns_https"}
 	qtypes    = [...]string{"A", "AAAA", "HTTPS", "SVCB", "CNAME", "TXT", "SRV", "MX", "NS", "SOA", "PTR", "CAA",
 		"DS", "DNSKEY", "NAPTR", "TLSA", "SSHFP", "URI", "NULL", "ANY", "AXFR", "IXFR"}
 	rcodes = [...]string{"NOERROR", "FORMERR", "SERVFAIL", "NXDOMAIN", "NOTIMP", "REFUSED", "BADVERS"}

@@ -32,7 +32,7 @@ type Event struct {
 	Kind     Kind            // what it records
 	ID       string          // unique within the process's life; also X-Sallyport-Id
 	Source   netip.AddrPort  // client, or who a load balancer says it is; IPv4 never mapped
-	Listener string          // proxy, proxy_tls, dns or transparent: which door, a closed set
+	Listener string          // proxy, proxy_tls, dns, dns_tls, dns_https or transparent: which door, a closed set
 	Method   string          // HTTP method
 	Name     string          // destination name or address asked for
 	Port     uint16          // destination port; 0 for DNS
