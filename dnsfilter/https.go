@@ -142,12 +142,12 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		refuseDoH(rw, http.StatusInternalServerError)
 		return
 	}
-	defer s.inFlight.Add(-1)
-	if s.inFlight.Add(1) > maxInFlight {
+	if !s.enter(c.client.Addr()) {
 		s.counts.dropped.Add(1)
 		refuseDoH(rw, http.StatusServiceUnavailable)
 		return
 	}
+	defer s.leave(c.client.Addr())
 	var back held
 	s.serveOne(r.Context(), client{addr: c.client, door: doorHTTPS, back: &back}, packet)
 	if back.answer == nil { // it is no query
@@ -177,6 +177,9 @@ func (s *Server) serveNow(c client, packet []byte) (missed, done bool) {
 	p, ok := f.answer(f.buf[:0], packet, c, now, &f.outcome)
 	if !ok {
 		return f.missed, false
+	}
+	if len(p) == 0 {
+		return false, true
 	}
 	err := c.back.send(p)
 	f.observe(&f.outcome, packet, now, s.cfg.Now(), err)

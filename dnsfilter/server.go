@@ -46,6 +46,8 @@ type Server struct {
 	idle     *sync.Pool          // of *slowFast
 	sample   *sampler            // nil unless Config.Events asks for it
 	cookies  cookies
+	limit    *limiter
+	tunnels  *tunnelGuard   // nil: off
 	slow     sync.WaitGroup // UDP queries under way
 
 	secureConns conns
@@ -79,6 +81,7 @@ func NewServer(r *Resolver) *Server {
 	if s.cfg.Events == EventsSample {
 		s.sample = newSampler(s.cfg.Now())
 	}
+	s.limit, s.tunnels = s.newLimiter(), newTunnelGuard(s)
 	s.newConns(&s.conns, "TCP")
 	s.newConns(&s.secureConns, "TLS")
 	s.life, s.end = context.WithCancel(context.Background())

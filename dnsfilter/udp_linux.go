@@ -260,6 +260,9 @@ func (r *udpReader) answer(fd uintptr, n int) {
 			r.s.answerLater(r.u, m, packet, r.fast.missed)
 			continue
 		}
+		if len(p) == 0 {
+			continue
+		}
 		r.outv[k].Base = &p[0]
 		r.outv[k].SetLen(len(p))
 		h := &r.out[k].hdr
@@ -346,8 +349,7 @@ var udpQueries = sync.Pool{New: func() any { return new(udpQuery) }}
 // answerLater has a copy of packet answered by another goroutine, or drops it if too
 // many are under way.
 func (s *Server) answerLater(u *udpSocket, m *message, packet []byte, missed bool) {
-	if s.inFlight.Add(1) > maxInFlight {
-		s.inFlight.Add(-1)
+	if !s.enter(m.addr().Addr()) {
 		s.counts.dropped.Add(1)
 		return
 	}
@@ -359,7 +361,7 @@ func (s *Server) answerLater(u *udpSocket, m *message, packet []byte, missed boo
 
 func (s *Server) answerUDP(q *udpQuery) {
 	defer s.slow.Done()
-	defer s.inFlight.Add(-1)
+	defer s.leave(q.m.addr().Addr())
 	s.serveLater(s.life, client{addr: q.m.addr(), udp: true, back: q}, q.packet[:q.size], q.missed)
 	udpQueries.Put(q)
 }
