@@ -53,12 +53,12 @@ type outcome struct {
 func (f *fast) answer(dst, packet []byte, c client, now time.Time, o *outcome) ([]byte, bool) {
 	s, q := f.s, &f.q
 	f.missed = false
-	plain := q.Parse(packet) && !isMeta(q.Type) && q.Type != dns.TypeANY
+	plain := q.Parse(packet)
 	req := policy.Request{Source: c.addr.Addr(), Protocol: policy.ProtocolDNS, QType: q.Type, Time: now}
 	if s.tooMany(c, now) {
 		return f.shed(dst, plain, req, packet, c, now, o), true
 	}
-	if !plain {
+	if !plain || isMeta(q.Type) || q.Type == dns.TypeANY {
 		return dst, false
 	}
 	if _, own := s.recorded[string(q.Name.Bytes())]; own {

@@ -153,7 +153,7 @@ func (g *tunnelGuard) refuses(name policy.Name, d *policy.Decision, source netip
 	t := set.find(source, domain)
 	minute := now.Unix() / 60
 	t.turn(minute)
-	isNew := t.add(data, maphash.String(g.seed, data))
+	isNew := t.add(data, g.hash(data))
 	first := false
 	if isNew && !t.suspected && t.suspicious(g.c.UniqueNamesPerMinute) {
 		t.suspected, first = true, true
@@ -177,6 +177,8 @@ func (g *tunnelGuard) refuses(name policy.Name, d *policy.Decision, source netip
 	g.s.counts.tunnelsRefused.Add(1)
 	return true
 }
+
+func (g *tunnelGuard) hash(data string) uint64 { return maphash.String(g.seed, data) }
 
 // mayLog reports whether there may be another line in this minute.
 func (g *tunnelGuard) mayLog(minute int64) bool {
