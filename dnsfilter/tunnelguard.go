@@ -154,11 +154,11 @@ func (g *tunnelGuard) refuses(name policy.Name, d *policy.Decision, source netip
 	minute := now.Unix() / 60
 	t.turn(minute)
 	isNew := t.add(data, g.hash(data))
-	first := false
+	first, names, bytes := false, 0, 0
 	if isNew && !t.suspected && t.suspicious(g.c.UniqueNamesPerMinute) {
-		t.suspected, first = true, true
+		t.suspected, first, names, bytes = true, true, t.count(), t.bytes/t.names
 	}
-	suspected, names, bytes := t.suspected || t.before, t.count(), t.bytes/max(t.names, 1)
+	suspected := t.suspected || t.before
 	set.mu.Unlock()
 	if !suspected {
 		return false
