@@ -29,8 +29,9 @@ type WireDecider interface {
 
 // A Counter counts queries. CountQuery must neither block nor keep d.
 type Counter interface {
-	// CountQuery counts a query of a type, answered with rcode as d says.
-	CountQuery(d *policy.Decision, qtype uint16, rcode int)
+	// CountQuery counts a query of a type, answered with rcode as d says. listener is
+	// that of its Event: dns, dns_tls or dns_https.
+	CountQuery(listener string, d *policy.Decision, qtype uint16, rcode int)
 }
 
 // Config says how a Resolver and its Server behave. It is not changed after New.

@@ -256,7 +256,7 @@ func (f *fast) observe(o *outcome, packet []byte, start, end time.Time, err erro
 		err = o.held
 	}
 	if s.cfg.Counter != nil {
-		s.cfg.Counter.CountQuery(&o.d, o.qtype, o.rcode)
+		s.cfg.Counter.CountQuery(o.door.String(), &o.d, o.qtype, o.rcode)
 	}
 	if !o.tell {
 		return

@@ -138,9 +138,15 @@ func (l *lab) both(t *testing.T, packet []byte, from string, udp bool) *event.Ev
 	if !udp {
 		c.door = door(packet[len(packet)/2] % 3)
 	}
+	l.settle(t)
 	var o outcome
 	now := l.clock.now()
+	fetched := l.s.counts.prefetched.Load()
 	got, ok := l.quick.answer([]byte("before"), packet, c, now, &o)
+	if l.s.counts.prefetched.Load() != fetched { // which the slow way might hear of, or not
+		l.settle(t)
+		got, ok = l.quick.answer([]byte("before"), packet, c, now, &o)
+	}
 	hits := l.s.counts.hits.Load()
 	slow := new(answersTo)
 	c.back = slow
@@ -171,6 +177,17 @@ func (l *lab) both(t *testing.T, packet []byte, from string, udp bool) *event.Ev
 		t.Fatalf("event\n%+v, otherwise\n%+v", ev, want)
 	}
 	return &ev
+}
+
+// settle waits until nothing is asked of the upstream.
+func (l *lab) settle(t *testing.T) {
+	t.Helper()
+	eventually(t, "what is prefetched", func() bool {
+		r := l.s.resolver
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return len(r.flights) == 0
+	})
 }
 
 func unpacked(p []byte) *dns.Msg {
@@ -204,17 +221,20 @@ func labQuery(t testing.TB, r *rand.Rand) []byte {
 	return p
 }
 
-// labOption returns an EDNS option that r chooses.
+// labOption returns an EDNS option that r chooses, none that makes a query malformed:
+// such a query has no event.
 func labOption(r *rand.Rand) dns.EDNS0 {
 	switch code := []uint16{10, 10, 10, 12, 12, 3, 8, 11, 15, 20, 65001}[r.IntN(11)]; code {
 	case dns.EDNS0COOKIE:
-		p := make([]byte, []int{8, 8, 16, 24, 24, 40, 7, 9, 41, 0}[r.IntN(10)])
+		p := make([]byte, []int{8, 8, 16, 24, 24, 40}[r.IntN(6)])
 		for i := range p {
 			p[i] = byte(r.Uint32())
 		}
 		return &dns.EDNS0_LOCAL{Code: code, Data: p}
 	case dns.EDNS0SUBNET:
 		return &dns.EDNS0_SUBNET{Code: code, Family: 1, SourceNetmask: 24, Address: net.IPv4(198, 51, 100, 0)}
+	case dns.EDNS0TCPKEEPALIVE, dns.EDNS0EDE:
+		return &dns.EDNS0_LOCAL{Code: code, Data: make([]byte, 2)}
 	default:
 		return &dns.EDNS0_LOCAL{Code: code, Data: make([]byte, []int{0, 2, 7, 500}[r.IntN(4)])}
 	}
@@ -323,7 +343,7 @@ func TestFastPathDoesNotAllocate(t *testing.T) {
 
 type countNothing struct{}
 
-func (countNothing) CountQuery(*policy.Decision, uint16, int) {}
+func (countNothing) CountQuery(string, *policy.Decision, uint16, int) {}
 
 // FuzzFastPath has any packet answered both ways, with any settings, from any source.
 func FuzzFastPath(f *testing.F) {

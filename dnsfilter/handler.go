@@ -360,7 +360,7 @@ func (s *Server) message(qu *query, rep *reply) *dns.Msg {
 // observe counts a query that is over, and tells the Observer of it.
 func (s *Server) observe(qu *query, rep *reply, d policy.Decision, start time.Time, asked time.Duration, err error) {
 	if s.cfg.Counter != nil {
-		s.cfg.Counter.CountQuery(&d, qu.q.Qtype, rep.rcode)
+		s.cfg.Counter.CountQuery(qu.door.String(), &d, qu.q.Qtype, rep.rcode)
 	}
 	if s.cfg.Observer == nil || !s.tells(qu, rep.rcode, &d, start) {
 		return

@@ -142,14 +142,12 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		refuseDoH(rw, http.StatusInternalServerError)
 		return
 	}
-	if !s.enter(c.client.Addr()) {
+	var back held
+	if !s.serveOne(r.Context(), client{addr: c.client, door: doorHTTPS, back: &back}, packet) {
 		s.counts.dropped.Add(1)
 		refuseDoH(rw, http.StatusServiceUnavailable)
 		return
 	}
-	defer s.leave(c.client.Addr())
-	var back held
-	s.serveOne(r.Context(), client{addr: c.client, door: doorHTTPS, back: &back}, packet)
 	if back.answer == nil { // it is no query
 		refuseDoH(rw, http.StatusBadRequest)
 		return
@@ -161,12 +159,19 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 	rw.Write(back.answer) // net/http ends a connection that does not take it
 }
 
-// serveOne answers a query at once if that can be, and otherwise after thought.
-func (s *Server) serveOne(ctx context.Context, c client, packet []byte) {
+// serveOne answers a query at once if that can be, and otherwise after thought. It
+// returns false if too much is under way for that.
+func (s *Server) serveOne(ctx context.Context, c client, packet []byte) bool {
 	missed, done := s.serveNow(c, packet)
-	if !done {
-		s.serveLater(ctx, c, packet, missed)
+	if done {
+		return true
 	}
+	if !s.enter(c.addr.Addr()) {
+		return false
+	}
+	defer s.leave(c.addr.Addr())
+	s.serveLater(ctx, c, packet, missed)
+	return true
 }
 
 func (s *Server) serveNow(c client, packet []byte) (missed, done bool) {

@@ -228,6 +228,13 @@ func TestHTTPSRequests(t *testing.T) {
 	}
 	w.s.inFlight.Store(maxInFlight)
 	rec = httptest.NewRecorder()
+	if w.ServeHTTP(rec, inFrom(w, dohRequest("POST", "/dns-query", dnsMessage, string(p)))); rec.Code != 200 {
+		t.Errorf("what is answered at once is not: %d", rec.Code)
+	}
+	if p, err = question("api.ok.test.", dns.TypeA).Pack(); err != nil {
+		t.Fatal(err)
+	}
+	rec = httptest.NewRecorder()
 	if w.ServeHTTP(rec, inFrom(w, dohRequest("POST", "/dns-query", dnsMessage, string(p)))); rec.Code != 503 || rec.Header().Get("Retry-After") == "" {
 		t.Errorf("with too much under way: %d %v", rec.Code, rec.Header())
 	}

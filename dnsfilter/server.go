@@ -40,7 +40,7 @@ type Server struct {
 	cfg      *Config
 	counts   *counts
 	serial   atomic.Uint64       // of events
-	inFlight atomic.Int64        // UDP queries under way
+	inFlight atomic.Int64        // queries under way that are not answered at once
 	conns    conns               // in clear
 	recorded map[string]struct{} // names on the wire that have records
 	idle     *sync.Pool          // of *slowFast
@@ -50,7 +50,7 @@ type Server struct {
 	tunnels  *tunnelGuard   // nil: off
 	slow     sync.WaitGroup // UDP queries under way
 
-	secureConns conns
+	secureConns conns // over TLS
 	certificate atomic.Pointer[tls.Certificate]
 	dot, doh    *tls.Config // of the doors
 	web         *web
@@ -109,8 +109,7 @@ func (s *Server) newConns(cs *conns, kind string) {
 	})
 }
 
-// A Sockets has sockets that somebody else has bound, such as systemd. The Server closes
-// them.
+// Sockets are bound by somebody else, such as systemd. The Server closes them.
 type Sockets struct {
 	UDP   []*net.UDPConn // used as they are: one thread reads each
 	TCP   []net.Listener
@@ -123,9 +122,10 @@ type Sockets struct {
 // before Listen.
 func (s *Server) Inherit(sockets Sockets) { s.inherited = sockets }
 
-// Listen binds every address of Config.Listen for UDP and TCP, those of TLSListen and of
-// HTTPSListen, or none. The error names each address that could not be bound, such as "listen udp 127.0.0.1:53:
-// bind: address already in use". Clients are answered when Serve runs.
+// Listen binds every address of Config.Listen for UDP and TCP, those of TLSListen and
+// of HTTPSListen, or none. The error names each address that could not be bound, such
+// as "listen udp 127.0.0.1:53: bind: address already in use". Clients are answered when
+// Serve runs.
 func (s *Server) Listen() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -163,7 +163,9 @@ func (s *Server) inherit() error {
 			continue
 		}
 		s.udp = append(s.udp, u)
-		s.addrs = append(s.addrs, c.LocalAddr().(*net.UDPAddr).AddrPort())
+		if a := c.LocalAddr().(*net.UDPAddr).AddrPort(); !slices.Contains(s.addrs, a) {
+			s.addrs = append(s.addrs, a)
+		}
 	}
 	for _, l := range s.inherited.TCP {
 		s.addStream(doorDNS, l)

@@ -135,10 +135,15 @@ func (m *Metrics) Observe(ev *event.Event) {
 	}
 }
 
-// CountQuery counts a DNS query of a type that was answered with an RCODE as d says,
-// just as Observe counts its Event. Of those two a query is for one.
-func (m *Metrics) CountQuery(d *policy.Decision, qtype uint16, rcode int) {
-	m.current.Load().countAs(listenerDNS, d)
+// CountQuery counts a DNS query of a type that came in by listener and was answered
+// with an RCODE as d says, just as Observe counts its Event. Of those two a query is
+// for one.
+func (m *Metrics) CountQuery(listener string, d *policy.Decision, qtype uint16, rcode int) {
+	l := listenerDNS // nearly always
+	if listener != "dns" {
+		l = indexOf(listeners[:], listener)
+	}
+	m.current.Load().countAs(l, d)
 	q, r := len(qtypes), len(rcodes)
 	if int(qtype) < len(qtypeIndex) {
 		q = int(qtypeIndex[qtype])

@@ -232,8 +232,9 @@ func TestCountQuery(t *testing.T) {
 		for code, text := range codes {
 			ev := query(name, text)
 			ev.Decision.Verdict = policy.Verdict(number % 3)
+			ev.Listener = []string{"dns", "dns_tls", "dns_https", "elsewhere"}[number%4]
 			a.Observe(ev)
-			b.CountQuery(&ev.Decision, number, code)
+			b.CountQuery(ev.Listener, &ev.Decision, number, code)
 			if x, y := scrape(t, a), scrape(t, b); !maps.Equal(x, y) {
 				t.Fatalf("%s %s:\n%v\n%v", name, text, x, y)
 			}

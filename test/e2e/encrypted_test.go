@@ -87,6 +87,8 @@ func TestEncryptedResolver(t *testing.T) {
 			t.Errorf("dig takes the new certificate for the old one:\n%s", out)
 		}
 	})
+	wants(t, "metrics", g.metrics(), `sallyport_decisions_total{group="ci",listener="dns_tls",reason="matched",verdict="allow"}`,
+		`sallyport_decisions_total{group="",listener="dns_https",reason="unmatched_source",verdict="deny"}`)
 	if st := g.ready(); !st.Ready {
 		t.Errorf("readyz: %+v", st)
 	}

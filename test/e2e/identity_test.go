@@ -217,7 +217,8 @@ func TestCredentials(t *testing.T) {
 		m := g.mark()
 		files.write(t, "users", "anna:{SHA}"+secret+"\n")
 		g.line(m, map[string]any{"event": "config", "what": "users", "ok": false})
-		if r := g.ready(); r.Policy.LastReload.OK || !strings.Contains(r.Policy.LastReload.Error, "users:1:6: user anna: the password is hashed with SHA-1") {
+		g.until("/readyz to know of it, once the policy has had its turn too", func() bool { return !g.ready().Policy.LastReload.OK })
+		if r := g.ready(); !strings.Contains(r.Policy.LastReload.Error, "users:1:6: user anna: the password is hashed with SHA-1") {
 			t.Errorf("readyz: %+v", r)
 		}
 		if out, code := g.curl(noSource, "-U", "anna:"+secret, plain); code != 0 || !strings.Contains(out, "Host: people") {
