@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/miekg/dns"
 
@@ -99,5 +100,45 @@ func BenchmarkLookupNetIPHit(b *testing.B) {
 		if _, err := s.resolver.LookupNetIP(context.Background(), "ip4", "api.ok.test"); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// BenchmarkCacheHitLimited is BenchmarkCacheHit with every rate limited, and none reached.
+func BenchmarkCacheHitLimited(b *testing.B) {
+	l := newLab(b, Config{Limits: Limits{ResponsesPerSecond: maxRate, QueriesPerSecond: maxRate}})
+	l.s.cfg.Counter, l.s.cfg.Events = countNothing{}, EventsDenied
+	p, err := withEDNS(question("www.cdn.test.", dns.TypeA)).Pack()
+	if err != nil {
+		b.Fatal(err)
+	}
+	c := client{addr: benchClient, udp: true, back: new(sink)}
+	l.s.serve(context.Background(), c, p)
+	var o outcome
+	var buf [maxEDNSSize]byte
+	b.ReportAllocs()
+	for b.Loop() {
+		l.clock.advance(time.Millisecond)
+		now := l.clock.now()
+		if got, ok := l.quick.answer(buf[:0], p, c, now, &o); !ok || len(got) == 0 {
+			b.Fatal("not answered at once")
+		}
+		if o.held != nil {
+			b.Fatal(o.held)
+		}
+	}
+}
+
+// BenchmarkTunnelGuard looks at names that are asked for the first time.
+func BenchmarkTunnelGuard(b *testing.B) {
+	r := newResolver(b, Config{Decider: people, Upstreams: []string{"192.0.2.53"}, TunnelGuard: TunnelGuard{Mode: TunnelObserve}}, nil)
+	g, now := NewServer(r).tunnels, time.Now()
+	var names [1 << 12]policy.Name
+	for i := range names {
+		names[i] = policy.MustName(secret(i, 10) + ".cdn.test")
+	}
+	d := policy.Decision{Verdict: policy.Allow}
+	b.ReportAllocs()
+	for i := 0; b.Loop(); i++ {
+		g.refuses(names[i%len(names)], &d, benchClient.Addr(), now)
 	}
 }

@@ -89,6 +89,8 @@ type Config struct {
 	HTTPSRecords HTTPSRecords // what becomes of HTTPS and SVCB answers; "" is HTTPSStripECH
 	CNAMEs       CNAMEs       // whether alias targets are decided too; "" is CNAMEsTrust
 	Cache        Cache        // bounds of the cache
+	Limits       Limits       // of what one source can ask for, and have sent
+	TunnelGuard  TunnelGuard  // looks for data in the names asked for
 
 	// HealthName is answered to every source, of a group or not, without an upstream
 	// and whatever the policy says: A 127.0.0.1, AAAA ::1, TXT "ok". "": no name is.
@@ -218,6 +220,7 @@ func (c Config) withDefaults() Config {
 	if c.MaxUDPSize == 0 {
 		c.MaxUDPSize = defaultEDNSSize
 	}
+	c.Limits, c.TunnelGuard = c.Limits.withDefaults(), c.TunnelGuard.withDefaults()
 	if c.Now == nil {
 		c.Now = time.Now
 	}
@@ -273,7 +276,7 @@ func (c Config) check() error {
 	if c.MaxUDPSize < minUDPSize || c.MaxUDPSize > maxEDNSSize {
 		errs = append(errs, fmt.Errorf("dns.edns_size: %d is not between %d and %d bytes", c.MaxUDPSize, minUDPSize, maxEDNSSize))
 	}
-	return errors.Join(append(errs, c.Cache.check())...)
+	return errors.Join(append(errs, c.Cache.check(), c.Limits.check(), c.TunnelGuard.check())...)
 }
 
 func (c Cache) check() error {

@@ -43,32 +43,46 @@ type outcome struct {
 	tell   bool          // the Observer
 	asked  time.Duration // how long others were asked
 	name   int           // bytes of the name asked for in the packet
+	held   error         // why the answer did not go out as it was
 }
 
 // answer appends to dst the answer to packet and fills o, or returns false to leave
-// packet to Server.serve. It keeps neither. The client's way back is not used. Who reads
+// packet to Server.serve. It keeps neither. If it appends nothing, there is no answer, and
+// nothing left to observe. The client's way back is not used. Who reads
 // packets has the hosts file refreshed first, once for all of a batch.
 func (f *fast) answer(dst, packet []byte, c client, now time.Time, o *outcome) ([]byte, bool) {
 	s, q := f.s, &f.q
 	f.missed = false
-	if !q.Parse(packet) || isMeta(q.Type) || q.Type == dns.TypeANY {
+	plain := q.Parse(packet)
+	req := policy.Request{Source: c.addr.Addr(), Protocol: policy.ProtocolDNS, QType: q.Type, Time: now}
+	if s.tooMany(c, now) {
+		return f.shed(dst, plain, req, packet, c, now, o), true
+	}
+	if !plain || isMeta(q.Type) || q.Type == dns.TypeANY {
 		return dst, false
 	}
-	req := policy.Request{Source: c.addr.Addr(), Protocol: policy.ProtocolDNS, QType: q.Type, Time: now}
 	if _, own := s.recorded[string(q.Name.Bytes())]; own {
 		return dst, false
 	}
-	o.addr, o.door, o.qtype, o.packed, o.asked, o.name = c.addr, c.door, q.Type, nil, 0, len(q.Name.Bytes())
+	o.addr, o.door, o.qtype, o.packed, o.asked, o.name, o.held = c.addr, c.door, q.Type, nil, 0, len(q.Name.Bytes()), nil
 	o.d = f.decide(req)
 	start := len(dst)
 	var ok bool
 	if !o.d.Passes() {
 		dst = f.refuse(dst, c, now, o)
 	} else if dst, ok = f.cached(dst, req, c, now, o); !ok {
-		return dst[:start], false
+		dst = dst[:start]
+		if !f.missed {
+			return dst, false
+		}
+		if s.tunnels == nil || !s.tunnels.refuses(q.Name.Name(), &o.d, c.addr.Addr(), now) {
+			return f.holdMissed(dst, packet, c, now, o)
+		}
+		o.d = o.d.Refuse(policy.ReasonLimitExceeded)
+		dst = f.refuse(dst, c, now, o)
 	}
 	o.tell = f.tells(o, now)
-	return dst, true
+	return f.hold(dst, start, packet, c, now, o), true
 }
 
 // tells reports whether the Observer is to be told of a query that has been answered.
@@ -137,7 +151,7 @@ func (f *fast) refuse(dst []byte, c client, now time.Time, o *outcome) []byte {
 		return dst
 	}
 	ede := dns.ExtendedErrorCodeBlocked
-	if o.d.Reason == policy.ReasonUnmatchedSource {
+	if prohibits(o.d.Reason) {
 		ede = dns.ExtendedErrorCodeProhibited
 	}
 	return f.appendOPT(dst, start, c, now, ede, o.d.Reason.String())
@@ -238,6 +252,9 @@ func (f *fast) nodata(dst []byte, c client, now time.Time, o *outcome) []byte {
 // Observer of it.
 func (f *fast) observe(o *outcome, packet []byte, start, end time.Time, err error) {
 	s := f.s
+	if err == nil {
+		err = o.held
+	}
 	if s.cfg.Counter != nil {
 		s.cfg.Counter.CountQuery(o.door.String(), &o.d, o.qtype, o.rcode)
 	}

@@ -41,7 +41,9 @@ type client struct {
 	addr netip.AddrPort // neither mapped nor with a zone
 	udp  bool
 	door door
-	back interface {
+
+	counted bool // by Limits.ResponsesPerSecond
+	back    interface {
 		// send sends an answer, which it does not keep.
 		send(answer []byte) error
 	}
@@ -89,7 +91,7 @@ func (s *Server) serve(ctx context.Context, c client, packet []byte) {
 		m.Opcode, m.Rcode = opcode, rcode
 	}
 	m.Answer, m.Ns, m.Extra = nil, nil, nil
-	if p, err := m.Pack(); err == nil {
+	if p, err := m.Pack(); err == nil && s.sending(c, nil, kindError, s.cfg.Now()) != sendNothing {
 		_ = c.back.send(p) // there is nobody to tell
 	}
 }
@@ -190,6 +192,10 @@ func (s *Server) answer(ctx context.Context, qu *query, now time.Time) (*reply, 
 	case s.cfg.HTTPSRecords == HTTPSNodata && (k.qtype == dns.TypeHTTPS || k.qtype == dns.TypeSVCB):
 		return &reply{local: true}, d, 0
 	}
+	if s.tunnels != nil && !s.resolver.cached(k, now) && s.tunnels.refuses(req.Name, &d, req.Source, now) {
+		d = d.Refuse(policy.ReasonLimitExceeded)
+		return refusal(DenyRefused, d, qu.q), d, 0
+	}
 	rep, err := s.resolver.resolve(ctx, k, s.inspector(req))
 	asked := s.cfg.Now().Sub(now)
 	if err != nil {
@@ -259,7 +265,15 @@ var buffers = sync.Pool{New: func() any { return new([maxEDNSSize]byte) }}
 
 // write fits rep to the query and sends it.
 func (s *Server) write(qu *query, rep *reply) error {
+	held := s.sending(qu.client, qu.cookie, kindOf(rep.rcode, len(rep.answer) == 0), s.cfg.Now())
+	if held == sendNothing {
+		return errHeld
+	}
+	if held == sendTruncated {
+		rep = &reply{}
+	}
 	m := s.message(qu, rep)
+	m.Truncated = held == sendTruncated
 	buf := buffers.Get().(*[maxEDNSSize]byte)
 	defer buffers.Put(buf)
 	p, err := m.PackBuffer(buf[:])
@@ -283,7 +297,10 @@ func (s *Server) write(qu *query, rep *reply) error {
 	if err != nil {
 		return err
 	}
-	return qu.back.send(p)
+	if err = qu.back.send(p); err == nil && held != sendWhole {
+		err = errHeld
+	}
+	return err
 }
 
 // limit returns how large the answer to qu may be, in bytes.

@@ -166,10 +166,10 @@ func (s *Server) serveOne(ctx context.Context, c client, packet []byte) bool {
 	if done {
 		return true
 	}
-	defer s.inFlight.Add(-1)
-	if s.inFlight.Add(1) > maxInFlight {
+	if !s.enter(c.addr.Addr()) {
 		return false
 	}
+	defer s.leave(c.addr.Addr())
 	s.serveLater(ctx, c, packet, missed)
 	return true
 }
@@ -182,6 +182,9 @@ func (s *Server) serveNow(c client, packet []byte) (missed, done bool) {
 	p, ok := f.answer(f.buf[:0], packet, c, now, &f.outcome)
 	if !ok {
 		return f.missed, false
+	}
+	if len(p) == 0 {
+		return false, true
 	}
 	err := c.back.send(p)
 	f.observe(&f.outcome, packet, now, s.cfg.Now(), err)

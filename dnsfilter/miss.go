@@ -21,6 +21,7 @@ type slowFast struct {
 // serveLater answers a packet that the fast path has left, which it does not keep.
 // missed says why, as fast has it.
 func (s *Server) serveLater(ctx context.Context, c client, packet []byte, missed bool) {
+	c.counted = missed
 	if missed && s.cfg.Cache.Size > 0 && s.fetch(ctx, c, packet) {
 		return
 	}

@@ -59,6 +59,8 @@ type timing struct{ try, total, staleWait, delay, probe time.Duration }
 // counts are the numbers behind Stats.
 type counts struct {
 	hits, misses, stale, coalesced, prefetched, sent, failed, dropped, malformed atomic.Uint64
+
+	answersDropped, answersTruncated, queriesDropped, queriesRefused, crowding, suspected, tunnelsRefused atomic.Uint64 // see Stats
 }
 
 // Stats are numbers since the start, but for CacheEntries, CacheBytes and InFlight.
@@ -77,6 +79,14 @@ type Stats struct {
 	UpstreamIgnored  uint64 // what upstreams in use, or others, sent that matches no query under way: forged, or too late
 	Dropped          uint64 // queries and connections dropped because too many were under way
 	Malformed        uint64 // packets that are no query to answer: FORMERR, NOTIMP, BADVERS, or ignored
+
+	AnswersDropped   uint64 // over UDP, that Limits.ResponsesPerSecond kept back
+	AnswersTruncated uint64 // the same, sent empty instead
+	QueriesDropped   uint64 // beyond Limits.QueriesPerSecond, without an answer
+	QueriesRefused   uint64 // the same, answered
+	Crowding         uint64 // of Dropped: queries of sources that had their share of those under way. Over TCP they wait
+	TunnelSuspected  uint64 // new names that looked like a tunnel
+	TunnelRefused    uint64 // queries refused for that
 
 	Upstreams []UpstreamStats // those in use, of Config.Upstreams and then of each zone
 }
@@ -288,6 +298,9 @@ func (r *Resolver) Stats() Stats {
 		CacheEvictions: r.cache.evicted.Load(), Coalesced: c.coalesced.Load(),
 		UpstreamQueries: c.sent.Load(), UpstreamFailures: c.failed.Load(),
 		Dropped: c.dropped.Load(), Malformed: c.malformed.Load(), Prefetched: c.prefetched.Load(),
+		AnswersDropped: c.answersDropped.Load(), AnswersTruncated: c.answersTruncated.Load(),
+		QueriesDropped: c.queriesDropped.Load(), QueriesRefused: c.queriesRefused.Load(), Crowding: c.crowding.Load(),
+		TunnelSuspected: c.suspected.Load(), TunnelRefused: c.tunnelsRefused.Load(),
 	}
 	for _, p := range r.pools() {
 		for i, u := range *p.ups.Load() {
@@ -397,6 +410,12 @@ func (r *Resolver) known(k key) (rep *reply, stale *entry, retry bool) {
 	r.counts.hits.Add(1)
 	r.used(k, fresh, now)
 	return fresh.reply(now, false), nil, false
+}
+
+// cached reports whether the answer to k is known.
+func (r *Resolver) cached(k key, now time.Time) bool {
+	e, _, _ := r.cache.get(k, now)
+	return e != nil
 }
 
 // recorded returns the answer to k if its name has records, else nil.

@@ -47,6 +47,8 @@ type Server struct {
 	outboxes sync.Pool           // of *outbox
 	sample   *sampler            // nil unless Config.Events asks for it
 	cookies  cookies
+	limit    *limiter
+	tunnels  *tunnelGuard   // nil: off
 	slow     sync.WaitGroup // UDP queries under way
 
 	secureConns conns // over TLS
@@ -81,6 +83,7 @@ func NewServer(r *Resolver) *Server {
 	if s.cfg.Events == EventsSample {
 		s.sample = newSampler(s.cfg.Now())
 	}
+	s.limit, s.tunnels = s.newLimiter(), newTunnelGuard(s)
 	s.newConns(&s.conns, "TCP")
 	s.newConns(&s.secureConns, "TLS")
 	s.life, s.end = context.WithCancel(context.Background())

@@ -171,16 +171,17 @@ func (t *session) serve(packet []byte) {
 	t.out = append(t.out, 0, 0)
 	t.s.resolver.refreshHosts()
 	if answered, ok := t.fast.answer(t.out, packet, t.client, t.now, &t.outcome); ok {
+		if len(answered) == start+2 {
+			t.out = t.out[:start]
+			return
+		}
 		t.out = answered
 		binary.BigEndian.PutUint16(t.out[start:], uint16(len(t.out)-start-2))
 		t.fast.observe(&t.outcome, packet, t.now, t.now, nil)
 		return
 	}
 	t.out = t.out[:start]
-	if len(packet) > streamRead || t.s.inFlight.Add(1) > maxInFlight {
-		if len(packet) <= streamRead {
-			t.s.inFlight.Add(-1)
-		}
+	if len(packet) > streamRead || !t.s.enter(t.client.addr.Addr()) {
 		t.flush() // an error shows again at the next one
 		t.s.serve(t.s.life, t.client, packet)
 		return
@@ -199,7 +200,7 @@ func (t *session) serve(packet []byte) {
 // serveSlow answers one query while others are read.
 func (t *session) serveSlow(ctx context.Context, packet []byte, missed bool) {
 	defer func() {
-		t.s.inFlight.Add(-1)
+		t.s.leave(t.client.addr.Addr())
 		<-t.slots
 	}()
 	t.s.serveLater(ctx, t.client, packet, missed)

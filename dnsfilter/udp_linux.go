@@ -263,6 +263,9 @@ func (r *udpReader) answer(fd uintptr, n int) {
 			r.miss(m, packet, now)
 			continue
 		}
+		if len(p) == 0 {
+			continue
+		}
 		r.outv[k].Base = &p[0]
 		r.outv[k].SetLen(len(p))
 		h := &r.out[k].hdr
@@ -356,8 +359,7 @@ var udpQueries = sync.Pool{New: func() any { return new(udpQuery) }}
 // through here.
 func (r *udpReader) miss(m *message, packet []byte, now time.Time) {
 	s := r.s
-	if s.inFlight.Add(1) > maxInFlight {
-		s.inFlight.Add(-1)
+	if !s.enter(m.addr().Addr()) {
 		s.counts.dropped.Add(1)
 		return
 	}
@@ -373,7 +375,7 @@ func (r *udpReader) miss(m *message, packet []byte, now time.Time) {
 
 // answerUDP answers q, and is the end of it.
 func (s *Server) answerUDP(q *udpQuery) {
-	c, packet := client{addr: q.m.addr(), udp: true, back: q}, q.packet[:q.size]
+	c, packet := client{addr: q.m.addr(), udp: true, back: q, counted: q.missed}, q.packet[:q.size]
 	if e := q.entry; e == nil {
 		s.serveLater(s.life, c, packet, q.missed)
 	} else if !s.settleLater(c, packet, q.start, e) {
@@ -384,10 +386,10 @@ func (s *Server) answerUDP(q *udpQuery) {
 
 // done frees q, which has been answered.
 func (q *udpQuery) done() {
-	s := q.s
+	s, source := q.s, q.m.addr().Addr()
 	q.s, q.entry, q.u = nil, nil, nil
 	udpQueries.Put(q)
-	s.inFlight.Add(-1)
+	s.leave(source)
 	s.slow.Done()
 }
 

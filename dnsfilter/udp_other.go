@@ -55,12 +55,14 @@ func (s *Server) serveUDP(u *udpSocket) error {
 		var o outcome
 		now := s.cfg.Now()
 		if answer, ok := f.answer(written, buf[:n], client{addr: q.addr, udp: true}, now, &o); ok {
+			if len(answer) == 0 {
+				continue
+			}
 			err := q.send(answer)
 			f.observe(&o, buf[:n], now, s.cfg.Now(), err)
 			continue
 		}
-		if s.inFlight.Add(1) > maxInFlight {
-			s.inFlight.Add(-1)
+		if !s.enter(q.addr.Addr()) {
 			s.counts.dropped.Add(1)
 			continue
 		}
@@ -72,7 +74,7 @@ func (s *Server) serveUDP(u *udpSocket) error {
 
 func (s *Server) answerUDP(q *udpQuery) {
 	defer s.slow.Done()
-	defer s.inFlight.Add(-1)
+	defer s.leave(q.addr.Addr())
 	s.serveLater(s.life, client{addr: q.addr, udp: true, back: q}, q.packet, q.missed)
 }
 

@@ -16,6 +16,7 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
+	"unsafe"
 )
 
 // Options tell Compile what a Document alone cannot.
@@ -894,7 +895,7 @@ func (c *compiler) listFile(i int, path, name string, u *listUse, refs posting) 
 }
 
 // exactPattern is parsePattern for the words that make up nearly all of every
-// feed, plain lower-case names; it allocates nothing but the name.
+// feed, plain lower-case names. It allocates nothing: the name is word itself.
 func exactPattern(word []byte) (pattern, bool) {
 	if len(word) == 0 || word[0] == '.' || bytes.IndexByte(word, '*') >= 0 {
 		return pattern{}, false
@@ -904,7 +905,7 @@ func exactPattern(word []byte) (pattern, bool) {
 			return pattern{}, false
 		}
 	}
-	s := strings.TrimSuffix(string(word), ".")
+	s := strings.TrimSuffix(unsafe.String(&word[0], len(word)), ".")
 	if checkName(s) != nil {
 		return pattern{}, false
 	}

@@ -257,7 +257,7 @@ func TestMetricsAreDocumented(t *testing.T) {
 		Proxy:      func() metrics.ProxyStats { return metrics.ProxyStats{} },
 		LogDropped: func() uint64 { return 0 },
 		Resolver: func() metrics.ResolverStats {
-			return metrics.ResolverStats{Upstreams: []metrics.UpstreamStats{{RTT: time.Second}}}
+			return metrics.ResolverStats{Limited: make([]metrics.Limited, 1), Upstreams: []metrics.UpstreamStats{{RTT: time.Second}}}
 		},
 	})
 	m.SetPolicy("r1", nil)

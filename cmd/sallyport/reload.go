@@ -99,7 +99,10 @@ func (g *gate) reloadSettings() error {
 
 // reloadPolicy compiles the policy anew and puts it in force, or keeps the old one.
 func (g *gate) reloadPolicy() error {
-	p, warnings, err := g.source.load()
+	var p *policy.Policy
+	var warnings []*policy.Error
+	var err error
+	inBackground(func() { p, warnings, err = g.source.load() })
 	if err != nil {
 		return err
 	}
@@ -110,8 +113,10 @@ func (g *gate) reloadPolicy() error {
 		g.store.Swap(p)
 	}
 	g.status.fellBack(false) // whatever else may be wrong
-	g.keep()
-	tidy(p)
+	inBackground(func() {
+		g.keep()
+		tidy(p)
+	})
 	return nil
 }
 

@@ -142,7 +142,7 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 			return metrics.ResolverStats{
 				Hits: st.CacheHits, Misses: st.CacheMisses, Stale: st.CacheStale,
 				Dropped: st.Dropped, Malformed: st.Malformed, Failures: st.UpstreamFailures,
-				Ignored: st.UpstreamIgnored, Prefetched: st.Prefetched, Upstreams: upstreamStats(st.Upstreams),
+				Ignored: st.UpstreamIgnored, Prefetched: st.Prefetched, Limited: limited(&st), Upstreams: upstreamStats(st.Upstreams),
 			}
 		},
 	})
@@ -198,6 +198,7 @@ func dnsConfig(s config.DNS) dnsfilter.Config {
 			Size: s.Cache.Size, MinTTL: s.Cache.MinTTL, MaxTTL: s.Cache.MaxTTL, ServeStale: s.Cache.ServeStale,
 			Prefetch: s.Cache.Prefetch,
 		},
+		Limits: dnsLimits(s.Limits), TunnelGuard: tunnelGuard(s.TunnelGuard),
 	}
 	for _, z := range s.Zones {
 		c.Zones = append(c.Zones, dnsfilter.Zone{Zone: z.Zone, Upstreams: z.Upstreams, PrivateDestinations: z.PrivateDestinations})

@@ -120,19 +120,21 @@ type DNS struct {
 	TLS           DNSTLS        `yaml:"tls" doc:"The TLS of tls_listen and https_listen."`
 	ProxyProtocol ProxyProtocol `yaml:"proxy_protocol" doc:"PROXY protocol from load balancers in front of the resolver, over TCP, TLS and HTTPS."`
 
-	Upstreams         []string `yaml:"upstreams" kind:"upstream" doc:"Resolvers to forward to: an address or udp://address:port (then TCP if truncated), tcp://address:port, tls://host#name or https://host/path#name, where #name is the name in the certificate of a host given as an address. []: those of this machine (/etc/resolv.conf)."`
-	UpstreamMode      string   `yaml:"upstream_mode" kind:"enum" enum:"sequential fastest" doc:"Which of several resolvers is asked first: in the order they are listed, or the one that answers fastest. Those that fail come last either way."`
-	Zones             []Zone   `yaml:"zones" doc:"Conditional forwarding: names below a zone go to the zone's own upstreams."`
-	Records           []Record `yaml:"records" doc:"Records answered here, before any upstream is asked."`
-	HostsFile         string   `yaml:"hosts_file" kind:"path" doc:"A hosts file, answered before any upstream, for proxy and resolver alike. Empty: none."`
-	Deny              string   `yaml:"deny" kind:"enum" enum:"refused nxdomain nodata sinkhole" doc:"What a refused query is answered with."`
-	HTTPSRecords      string   `yaml:"https_records" kind:"enum" enum:"pass strip_ech nodata" doc:"HTTPS and SVCB answers: as they are, without ech (so that clients send a readable SNI), or none."`
-	CNAMEs            string   `yaml:"cnames" kind:"enum" enum:"trust inspect" doc:"The names that an allowed name is an alias of: answered whole, or each decided too."`
-	EDNSSize          int      `yaml:"edns_size" kind:"size" min:"512" max:"4096" doc:"Largest UDP message offered and sent, in bytes (RFC 6891). Above 1232 answers may be fragmented."`
-	CaseRandomisation bool     `yaml:"case_randomisation" kind:"bool" doc:"Send names over UDP with letters in random case, and ignore answers that do not repeat it: forged answers are rarer still. Resolvers that do not keep the case are not heard then."`
-	HealthName        string   `yaml:"health_name" kind:"opt_name" doc:"A name that is answered to everybody, whatever the policy and the upstreams say: A 127.0.0.1, AAAA ::1, TXT ok. Empty: none."`
-	SearchDomains     []string `yaml:"search_domains" kind:"name" doc:"Suffixes that clients append while they search, such as cluster.local: unlisted names below them are answered NXDOMAIN, whatever dns.deny says."`
-	Cache             Cache    `yaml:"cache" doc:"Answers kept."`
+	Upstreams         []string    `yaml:"upstreams" kind:"upstream" doc:"Resolvers to forward to: an address or udp://address:port (then TCP if truncated), tcp://address:port, tls://host#name or https://host/path#name, where #name is the name in the certificate of a host given as an address. []: those of this machine (/etc/resolv.conf)."`
+	UpstreamMode      string      `yaml:"upstream_mode" kind:"enum" enum:"sequential fastest" doc:"Which of several resolvers is asked first: in the order they are listed, or the one that answers fastest. Those that fail come last either way."`
+	Zones             []Zone      `yaml:"zones" doc:"Conditional forwarding: names below a zone go to the zone's own upstreams."`
+	Records           []Record    `yaml:"records" doc:"Records answered here, before any upstream is asked."`
+	HostsFile         string      `yaml:"hosts_file" kind:"path" doc:"A hosts file, answered before any upstream, for proxy and resolver alike. Empty: none."`
+	Deny              string      `yaml:"deny" kind:"enum" enum:"refused nxdomain nodata sinkhole" doc:"What a refused query is answered with."`
+	HTTPSRecords      string      `yaml:"https_records" kind:"enum" enum:"pass strip_ech nodata" doc:"HTTPS and SVCB answers: as they are, without ech (so that clients send a readable SNI), or none."`
+	CNAMEs            string      `yaml:"cnames" kind:"enum" enum:"trust inspect" doc:"The names that an allowed name is an alias of: answered whole, or each decided too."`
+	EDNSSize          int         `yaml:"edns_size" kind:"size" min:"512" max:"4096" doc:"Largest UDP message offered and sent, in bytes (RFC 6891). Above 1232 answers may be fragmented."`
+	CaseRandomisation bool        `yaml:"case_randomisation" kind:"bool" doc:"Send names over UDP with letters in random case, and ignore answers that do not repeat it: forged answers are rarer still. Resolvers that do not keep the case are not heard then."`
+	HealthName        string      `yaml:"health_name" kind:"opt_name" doc:"A name that is answered to everybody, whatever the policy and the upstreams say: A 127.0.0.1, AAAA ::1, TXT ok. Empty: none."`
+	SearchDomains     []string    `yaml:"search_domains" kind:"name" doc:"Suffixes that clients append while they search, such as cluster.local: unlisted names below them are answered NXDOMAIN, whatever dns.deny says."`
+	Cache             Cache       `yaml:"cache" doc:"Answers kept."`
+	Limits            DNSLimits   `yaml:"limits" doc:"What one client can ask for, and have sent to it."`
+	TunnelGuard       TunnelGuard `yaml:"tunnel_guard" doc:"Looks for data in the names that are asked for."`
 }
 
 // DNSTLS holds the certificate of the resolver's encrypted listeners.

@@ -31,7 +31,14 @@ type ResolverStats struct {
 	Failures     uint64 // exchanges with upstreams that ended without an answer
 	Ignored      uint64 // packets from upstreams that answer no query under way
 	Prefetched   uint64 // questions asked because an answer in use was about to expire
+	Limited      []Limited
 	Upstreams    []UpstreamStats
+}
+
+// Limited is what one of the resolver's limits has done. Limit and Action are closed sets.
+type Limited struct {
+	Limit, Action string
+	Count         uint64
 }
 
 // UpstreamStats are one upstream's numbers. Zone, Index and Upstream tell it from all others.
@@ -265,6 +272,7 @@ var (
 	malformedDesc  = desc("dns_malformed_total", "Packets that are no query to answer.")
 	failuresDesc   = desc("dns_upstream_failures_total", "Exchanges with upstreams that ended without an answer.")
 	ignoredDesc    = desc("dns_upstream_ignored_total", "Packets from upstreams' addresses that answer no query under way: forged, or too late.")
+	limitedDesc    = desc("dns_limited_total", "Queries and answers that a limit of the resolver was applied to.", "limit", "action")
 	prefetchDesc   = desc("dns_prefetch_total", "Questions asked because an answer in use was about to expire.")
 	upDesc         = desc("dns_upstream_up", "Whether an upstream answered lately, or has not been asked yet.", "zone", "index", "upstream")
 	rttDesc        = desc("dns_upstream_rtt_seconds", "Smoothed time of an exchange with an upstream.", "zone", "index", "upstream")
@@ -287,7 +295,7 @@ type collector struct{ m *Metrics }
 // Describe implements prometheus.Collector.
 func (collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{decisionsDesc, tunnelsDesc, bytesDesc, acceptErrDesc, acceptStopDesc, queriesDesc, cacheDesc, dnsDroppedDesc, malformedDesc, failuresDesc,
-		ignoredDesc, prefetchDesc, upDesc, rttDesc, exchangesDesc,
+		ignoredDesc, prefetchDesc, limitedDesc, upDesc, rttDesc, exchangesDesc,
 		policyDesc, reloadDesc, reloadAtDesc, droppedDesc, buildDesc} {
 		ch <- d
 	}
@@ -334,6 +342,9 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		counter(failuresDesc, s.Failures)
 		counter(ignoredDesc, s.Ignored)
 		counter(prefetchDesc, s.Prefetched)
+		for _, l := range s.Limited {
+			counter(limitedDesc, l.Count, l.Limit, l.Action)
+		}
 		for _, u := range s.Upstreams {
 			u.collect(counter, gauge)
 		}

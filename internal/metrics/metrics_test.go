@@ -54,7 +54,7 @@ func TestScrape(t *testing.T) {
 		},
 		LogDropped: func() uint64 { return 4 },
 		Resolver: func() ResolverStats {
-			return ResolverStats{Hits: 5, Misses: 6, Stale: 7, Dropped: 8, Malformed: 9, Failures: 10, Ignored: 11, Prefetched: 12, Upstreams: []UpstreamStats{
+			return ResolverStats{Hits: 5, Misses: 6, Stale: 7, Dropped: 8, Malformed: 9, Failures: 10, Ignored: 11, Prefetched: 12, Limited: []Limited{{"queries", "dropped", 13}}, Upstreams: []UpstreamStats{
 				{Upstream: "192.0.2.53", Up: true, RTT: 20 * time.Millisecond, Queries: 5, Failures: 2}, {Zone: "corp.test", Index: 1, Upstream: "tcp://10.0.0.53", Queries: 1, Failures: 1},
 			}}
 		},
@@ -90,6 +90,7 @@ func TestScrape(t *testing.T) {
 		`sallyport_policy_last_reload_timestamp_seconds`:                                                     "1.7000000005e+09",
 		`sallyport_log_dropped_total`:                                                                        "4",
 		`sallyport_dns_upstream_ignored_total`:                                                               "11",
+		`sallyport_dns_limited_total{action="dropped",limit="queries"}`:                                      "13",
 		`sallyport_dns_prefetch_total`:                                                                       "12",
 		`sallyport_dns_upstream_up{index="0",upstream="192.0.2.53",zone=""}`:                                 "1",
 		`sallyport_dns_upstream_up{index="1",upstream="tcp://10.0.0.53",zone="corp.test"}`:                   "0",

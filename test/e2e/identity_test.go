@@ -217,7 +217,7 @@ func TestCredentials(t *testing.T) {
 		m := g.mark()
 		files.write(t, "users", "anna:{SHA}"+secret+"\n")
 		g.line(m, map[string]any{"event": "config", "what": "users", "ok": false})
-		g.until("readyz says so too", func() bool { // a moment after the log
+		g.until("readyz says so too", func() bool { // once the policy has had its turn too
 			r := g.ready().Policy.LastReload
 			return !r.OK && strings.Contains(r.Error, "users:1:6: user anna: the password is hashed with SHA-1")
 		})
