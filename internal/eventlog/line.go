@@ -31,6 +31,8 @@ const (
 	maxUser   = 256
 	maxAgent  = 1024
 	maxError  = 4096
+	maxPath   = 8192
+	maxType   = 128
 	maxALPN   = 64 // each
 	maxAnswer = 300
 	maxALPNs  = 8 // in number
