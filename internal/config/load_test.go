@@ -208,7 +208,7 @@ func TestEveryKeyEverywhere(t *testing.T) {
 		"dns.hosts_file": "hosts", "dns.deny": "nodata", "dns.https_records": "pass", "dns.cnames": "inspect",
 		"dns.upstream_mode": "fastest", "dns.health_name": "health.example", "dns.search_domains": "cluster.local",
 		"dns.edns_size": "512", "dns.cache.min_ttl": "1s", "admin.listen": ":3", "policy.source": "p.yaml",
-		"log.format": "squid", "log.output": "stderr", "log.level": "debug", "log.dns": "sample",
+		"log.format": "squid", "log.output": "stderr", "log.level": "debug", "log.dns": "sample", "log.facility": "local3",
 		"proxy.limits.client_hello_bytes": "1KiB", "proxy.limits.header_bytes": "1KiB", "proxy.limits.url_bytes": "1KiB",
 		"proxy.parent": "http://192.0.2.1:3128", "proxy.parent_target": "address", "proxy.parent_resolves": ".corp.example",
 		"proxy.source_address": "192.0.2.7, 2001:db8::7", "proxy.groups": "[{group: a, parent: direct, source_address: [192.0.2.8]}]",

@@ -69,40 +69,6 @@ func TestJSON(t *testing.T) {
 	}
 }
 
-// The two ways to a line of JSON make the same of a query.
-func TestQueryLine(t *testing.T) {
-	base := event.Event{Time: when, Kind: event.DNS, ID: "d1", Source: client, Listener: "dns", Name: "api.github.com", Decision: passed, QType: "A", RCode: "NOERROR"}
-	queries := []event.Event{base, {Kind: event.DNS}}
-	for _, change := range []func(*event.Event){
-		func(e *event.Event) {
-			e.Answers, e.DNSTime, e.Duration = []string{"203.0.113.7", "x.example"}, time.Millisecond, 1500*time.Microsecond
-		},
-		func(e *event.Event) { e.Answers = slices.Repeat([]string{strings.Repeat("a", 300)}, 40) },
-		func(e *event.Event) { e.Decision, e.Error = denied, "lookup: \"odd\"\n\x1b[0m\xff" },
-		func(e *event.Event) {
-			e.Name, e.Source = strings.Repeat("\u202e\\", 400), netip.MustParseAddrPort("[fe80::1%eth0]:53")
-		},
-		func(e *event.Event) {
-			e.Source, e.Duration, e.DNSTime = netip.MustParseAddrPort("[2001:db8::5]:9"), 10*time.Microsecond, -1
-		},
-	} {
-		ev := base
-		change(&ev)
-		queries = append(queries, ev)
-	}
-	for _, ev := range queries {
-		w, err := Open(Options{Node: "gate-1", Stdout: os.Stdout})
-		if err != nil {
-			t.Fatal(err)
-		}
-		w.observeJSON(&ev)
-		want := string(w.events.pending)
-		if got := lines(t, JSON, &ev); got != want || got == "" {
-			t.Errorf("got:\n%s\nwant:\n%s", got, want)
-		}
-	}
-}
-
 func TestSquid(t *testing.T) {
 	ev := func(change func(*event.Event)) *event.Event {
 		e := tunnel()
