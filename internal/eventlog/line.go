@@ -174,12 +174,16 @@ func appendAddress(dst []byte, key string, a netip.Addr) []byte {
 	return append(a.AppendTo(append(dst, '"')), '"')
 }
 
-// appendStamp appends t in RFC 3339 with milliseconds, in UTC.
+// appendStamp appends t in RFC 3339 with milliseconds, in UTC, and in quotes.
 func appendStamp(dst []byte, t time.Time) []byte {
+	return append(appendTime(append(dst, '"'), t), '"')
+}
+
+func appendTime(dst []byte, t time.Time) []byte {
 	t = t.UTC()
-	dst = t.AppendFormat(append(dst, '"'), time.RFC3339) // this layout has a fast path
+	dst = t.AppendFormat(dst, time.RFC3339) // this layout has a fast path
 	ms := t.Nanosecond() / 1_000_000
-	return append(dst[:len(dst)-1], '.', byte('0'+ms/100), byte('0'+ms/10%10), byte('0'+ms%10), 'Z', '"')
+	return append(dst[:len(dst)-1], '.', byte('0'+ms/100), byte('0'+ms/10%10), byte('0'+ms%10), 'Z')
 }
 
 // appendMillis appends d in milliseconds, to the microsecond.

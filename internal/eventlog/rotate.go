@@ -65,12 +65,9 @@ func (r *rotation) due(n int) bool {
 // that is nil, and the next attempt comes after as many bytes again.
 func (r *rotation) turn(path string, f *os.File) (*os.File, error) {
 	r.size = 0
-	mine, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
 	// Somebody else may have moved or removed the file, and be about to say so.
-	if there, err := os.Stat(path); err == nil && os.SameFile(mine, there) {
+	aside := at(path, f)
+	if aside {
 		if err := r.shift(path); err != nil {
 			return nil, err
 		}
@@ -80,11 +77,21 @@ func (r *rotation) turn(path string, f *os.File) (*os.File, error) {
 		return nil, err
 	}
 	r.opened(next)
-	if r.Compress {
+	if r.Compress && aside {
 		r.busy <- struct{}{}
 		r.running.Go(func() { r.compress(path + ".1") })
 	}
 	return next, nil
+}
+
+// at reports whether f is what path names.
+func at(path string, f *os.File) bool {
+	mine, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	there, err := os.Stat(path)
+	return err == nil && os.SameFile(mine, there)
 }
 
 // shift moves path to path.1, that to path.2 and so on; the last one goes.

@@ -95,7 +95,7 @@ func newHeader(facility, node string) (*header, error) {
 func (h *header) append(dst []byte, severity int, at time.Time, id string) []byte {
 	dst = strconv.AppendInt(append(dst, '<'), int64(h.facility*8+severity), 10)
 	dst = append(dst, ">1 "...)
-	dst = appendStamp(dst, at)
+	dst = appendTime(dst, at)
 	dst = append(dst, h.origin...)
 	dst = append(dst, id...)
 	return append(dst, " - "...)
@@ -212,6 +212,9 @@ func (r *remote) connect() error {
 		}
 		r.conn = conn
 		r.mu.Unlock()
+		if b, ok := conn.(interface{ SetWriteBuffer(int) error }); ok {
+			_ = b.SetWriteBuffer(sendBuffer)
+		}
 		network := conn.RemoteAddr().Network()
 		r.stream = network == "tcp" || network == "unix"
 		r.base, r.sent = 0, 0
@@ -253,6 +256,9 @@ func (r *remote) disconnect() {
 	}
 	if r.stream {
 		r.forgetAcknowledged()
+		if tcp, ok := r.conn.(*net.TCPConn); ok && len(r.kept) > 0 {
+			tcp.SetLinger(0) // what the kernel still has must not arrive as well
+		}
 	}
 	r.mu.Lock()
 	r.conn.Close()
@@ -378,10 +384,10 @@ func (r *remote) close() (lost int) {
 	if r.conn == nil {
 		return countLines(r.kept)
 	}
-	dead := r.stream && ended(r.conn)
-	r.disconnect()
-	if dead {
+	if r.stream && ended(r.conn) {
+		r.disconnect()
 		return countLines(r.kept)
 	}
+	r.conn.Close() // the kernel goes on sending what it has
 	return 0
 }

@@ -40,8 +40,8 @@ const (
 const rest = 5 * time.Millisecond
 
 const (
-	flushTimeout  = 2 * time.Second        // what a blocked output gets at the end
-	cancelTimeout = 100 * time.Millisecond // and then, to notice that it is cut off
+	flushTimeout  = 2 * time.Second // what a blocked output gets at the end
+	cancelTimeout = time.Second     // and then, to notice that it is cut off
 )
 
 // Format is how events look.
@@ -359,33 +359,65 @@ func (s *sink) run(ctx context.Context) {
 	}
 }
 
-// take returns what is queued and leaves spare in its place. It also moves on to
-// a file that was reopened.
+// take returns what is queued and leaves spare in its place.
 func (s *sink) take(spare []byte) []byte {
+	s.adopt()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.next != nil {
-		s.file.Close()
-		s.forget()
-		s.file, s.next, s.failing = s.next, nil, false
-		if s.rotation != nil {
-			s.rotation.opened(s.file)
-		}
-	}
 	batch := s.pending
 	s.pending, s.lines = spare[:0], 0
 	return batch
 }
 
-// close ends the queue if it is empty.
+// adopt moves on to a file that was reopened. Files are touched without mu: a file
+// system that hangs must not hold up those who log.
+func (s *sink) adopt() {
+	s.mu.Lock()
+	next := s.next
+	s.next = nil
+	s.mu.Unlock()
+	if next == nil {
+		return
+	}
+	if s.rotation != nil && !at(s.path, next) { // put aside since it was opened
+		if f, err := openFile(s.path); err == nil {
+			next.Close()
+			next = f
+		}
+	}
+	s.swap(next)
+	s.failing = false
+	if s.rotation != nil {
+		s.rotation.opened(next)
+	}
+}
+
+// swap goes on with the file next.
+func (s *sink) swap(next *os.File) {
+	s.mu.Lock()
+	old := s.file
+	s.forget()
+	s.file = next
+	if s.closed { // cutOff has been here before
+		_ = next.SetWriteDeadline(time.Now())
+	}
+	s.mu.Unlock()
+	old.Close()
+}
+
+// close ends the queue if it is empty, and the output with it.
 func (s *sink) close() bool {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	if len(s.pending) > 0 && !s.closed {
+		s.mu.Unlock()
 		return false
 	}
 	s.closed = true
 	s.forget()
+	if s.next != nil {
+		s.next.Close()
+	}
+	s.mu.Unlock()
 	if s.rotation != nil {
 		s.rotation.close()
 	}
@@ -436,13 +468,7 @@ func (s *sink) turn(n int) {
 		return
 	}
 	s.rotation.failing = false
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.file.Close()
-	s.file = next
-	if s.closed { // cutOff has been here before
-		_ = next.SetWriteDeadline(time.Now())
-	}
+	s.swap(next)
 }
 
 // write writes a batch of whole lines to the file. If that fails in the middle of a line, the
