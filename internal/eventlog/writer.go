@@ -526,7 +526,10 @@ func (s *sink) succeeded() {
 	s.failing = false
 	s.mu.Lock()
 	n := s.missing
-	s.missing = 0
+	if s.lines >= maxQueueLines/2 || len(s.pending) >= maxQueueBytes/2 {
+		n = 0 // later: the report must not be lost as well
+	}
+	s.missing -= n
 	s.mu.Unlock()
 	if n > 0 {
 		s.lost(n)
