@@ -212,7 +212,7 @@ func writeReplay(out io.Writer, r *replay.Report, top int) error {
 	for _, section := range sections(r, top) {
 		fmt.Fprintf(w, "\n%s, %s: %d\n", replayTitles[section.change], groupWords(section.group), r.Groups[section.group].Changes[section.change])
 		for _, row := range section.rows {
-			fmt.Fprintf(w, "  %d\t%s\t%s\t%s -> %s\t%s\n", row.Count, plainText(row.Name), plainText(row.Traffic()), plainText(row.Was), plainText(row.Now), examples(row))
+			fmt.Fprintf(w, "  %d\t%s\t%s\t%s -> %s\t%s\n", row.Count, plainText(row.Name), plainText(row.Traffic()), plainText(row.Was), plainText(row.Now), "e.g. "+example(row))
 		}
 		if section.more > 0 {
 			fmt.Fprintf(w, "  and %d more names; --top 0 shows all\n", section.more)
@@ -292,13 +292,10 @@ func groupWords(g string) string {
 	return "group " + g
 }
 
-// examples shows the requests of a row.
-func examples(row *replay.Row) string {
-	var all []string
-	for _, e := range row.Examples {
-		all = append(all, strings.TrimSpace(e.Time.Format(time.RFC3339)+" "+e.Source.String()+" "+plainText(e.ID)))
-	}
-	return "e.g. " + strings.Join(all, ", ")
+// example shows the first request of a row.
+func example(row *replay.Row) string {
+	e := row.Examples[0]
+	return strings.TrimSpace(e.Time.Format(time.RFC3339) + " " + e.Source.String() + " " + plainText(e.ID))
 }
 
 // plainText returns s without anything that moves a terminal's cursor or turns the
@@ -353,9 +350,7 @@ func writeReplayMarkdown(out io.Writer, r *replay.Report, top int) error {
 		fmt.Fprintf(&b, "\n#### %s, %s: %d\n\n", replayTitles[s.change], markdownText(groupWords(s.group)), r.Groups[s.group].Changes[s.change])
 		b.WriteString("| count | name | traffic | was | now | example |\n|---:|---|---|---|---|---|\n")
 		for _, row := range s.rows {
-			e := row.Examples[0]
-			fmt.Fprintf(&b, "| %d | %s | %s | %s | %s | %s |\n", row.Count, markdownCode(row.Name), markdownText(row.Traffic()), markdownText(row.Was), markdownText(row.Now),
-				markdownText(strings.TrimSpace(e.Time.Format(time.RFC3339)+" "+e.Source.String()+" "+e.ID)))
+			fmt.Fprintf(&b, "| %d | %s | %s | %s | %s | %s |\n", row.Count, markdownCode(row.Name), markdownText(row.Traffic()), markdownText(row.Was), markdownText(row.Now), markdownText(example(row)))
 		}
 		if s.more > 0 {
 			fmt.Fprintf(&b, "\nand %d more names\n", s.more)
