@@ -222,7 +222,7 @@ func writeReplay(out io.Writer, r *replay.Report, top int) error {
 		fmt.Fprintf(w, "\nskipped %s:%d: %s", plainText(p.File), p.Line, p.Error)
 	}
 	if n := r.Malformed - uint64(len(r.Problems)); n > 0 {
-		fmt.Fprintf(w, "\nskipped %d more lines", n)
+		fmt.Fprintf(w, "\nmore lines skipped: %d", n)
 	}
 	if r.Malformed > 0 {
 		fmt.Fprintln(w)
@@ -243,14 +243,14 @@ func replayFacts(r *replay.Report) [][2]string {
 		n    uint64
 		text string
 	}{
-		{r.Open, "of the unchanged could change: that depends on what the log does not say"},
-		{r.Refused, "not compared: refused for limits, passwords, malformed requests and the like"},
-		{r.Undecidable, "not compared: without a source, name or port that can be read, or with another scheme"},
-		{r.Folded, "changes are folded into registrable domains, or (others): there are too many names"},
-		{r.Malformed, "lines skipped: malformed"},
+		{r.Open, "unchanged, but that depends on what the log does not say"},
+		{r.Refused, "not compared, refused for limits, passwords, malformed requests and the like"},
+		{r.Undecidable, "not compared, without a source, name or port that can be read, or with another scheme"},
+		{r.Folded, "changes folded into registrable domains or (others), as there are too many names"},
+		{r.Malformed, "malformed lines skipped"},
 	} {
 		if f.n > 0 {
-			facts = append(facts, [2]string{"", number(f.n) + " " + f.text})
+			facts = append(facts, [2]string{"", f.text + ": " + number(f.n)})
 		}
 	}
 	for _, a := range replay.Assumptions {
