@@ -1,6 +1,7 @@
 package eventlog
 
 import (
+	"errors"
 	"net"
 	"syscall"
 
@@ -42,7 +43,7 @@ func ended(c net.Conn) bool {
 		return true
 	}
 	if err != nil {
-		return err != unix.EAGAIN && err != unix.EINTR
+		return !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR)
 	}
 	return n == 0
 }

@@ -44,7 +44,7 @@ var changeNames = [changes]string{"newly_denied", "newly_allowed", "newly_observ
 // String returns newly_denied, newly_allowed or newly_observed.
 func (c Change) String() string { return changeNames[c] }
 
-// Assumptions, by their keys in reports, and what they mean.
+// Assumptions are what a Replay may have to assume: the keys in reports, and what they mean.
 var Assumptions = []struct{ Key, Text string }{
 	{"address_not_known", "the log has no address for the name: assumed to be one that the policy lets through"},
 	{"hello_not_seen", "no ClientHello was seen: assumed to be TLS with the name asked for"},
