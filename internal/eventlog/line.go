@@ -104,7 +104,9 @@ func appendJSON(dst []byte, ev *event.Event, node string) []byte {
 	if ev.Port != 0 {
 		dst = appendNumber(dst, `,"port":`, int64(ev.Port))
 	}
-	dst = appendHello(dst, ev)
+	if ev.Kind != event.DNS {
+		dst = appendHello(dst, ev)
+	}
 	dst = appendText(dst, `,"verdict":`, d.Verdict.String(), maxShort)
 	dst = appendText(dst, `,"reason":`, d.Reason.String(), maxShort)
 	dst = appendText(dst, `,"rule":`, d.Rule, maxRule)
@@ -156,10 +158,18 @@ func appendHello(dst []byte, ev *event.Event) []byte {
 
 // appendText appends a key and s in at most limit bytes and the quotes; nothing if s is empty.
 func appendText(dst []byte, key, s string, limit int) []byte {
-	if s == "" {
+	if s == "" { // most are, and this much is inlined
 		return dst
 	}
-	return appendQuoted(append(dst, key...), s, limit)
+	return appendKeyed(dst, key, s, limit)
+}
+
+func appendKeyed(dst []byte, key, s string, limit int) []byte {
+	dst = append(dst, key...)
+	if len(s) <= limit && plain(s) {
+		return append(append(append(dst, '"'), s...), '"')
+	}
+	return appendQuoted(dst, s, limit)
 }
 
 func appendNumber(dst []byte, key string, n int64) []byte {
