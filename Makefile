@@ -59,11 +59,14 @@ tools:
 	command -v dig >/dev/null 2>&1 || missing="$$missing dnsutils"; \
 	command -v kdig >/dev/null 2>&1 || missing="$$missing knot-dnsutils"; \
 	command -v openssl >/dev/null 2>&1 || missing="$$missing openssl"; \
+	command -v calamaris >/dev/null 2>&1 || missing="$$missing calamaris"; \
+	command -v sarg >/dev/null 2>&1 || missing="$$missing sarg"; \
+	command -v luajit >/dev/null 2>&1 || missing="$$missing luajit"; \
 	test -e /etc/ssl/certs/ca-certificates.crt || test ! -e /etc/debian_version || missing="$$missing ca-certificates"; \
 	test -n "$$missing" || exit 0; \
 	if command -v apt-get >/dev/null 2>&1 && test "$$(id -u)" = 0; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; \
 	else \
-		echo "make test needs a C compiler, curl, dig, kdig and openssl. Missing here (Debian's package names):$$missing" >&2; \
+		echo "make test needs a C compiler, curl, dig, kdig, openssl, calamaris, sarg and luajit. Missing here (Debian's package names):$$missing" >&2; \
 		exit 1; \
 	fi

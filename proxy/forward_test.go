@@ -420,3 +420,12 @@ func TestClientLeaves(t *testing.T) {
 		t.Errorf("%+v", ev)
 	}
 }
+func TestPathOf(t *testing.T) {
+	for target, want := range map[string]string{
+		"http://a.test:80/x/y?q=secret": "/x/y?", "http://a.test": "", "http://a.test?q": "?", "/x?u=http://b.test/": "/x?", "/http://b/c": "/http://b/c", "*": "*", "": "",
+	} {
+		if got := pathOf(target); got != want {
+			t.Errorf("pathOf(%q) = %q, want %q", target, got, want)
+		}
+	}
+}

@@ -496,6 +496,7 @@ func note(ev *event.Event, err error) {
 
 // answer returns what the client of ev is told of r.
 func (s *Server) answer(r *refusal, ev *event.Event, asJSON bool) *answer {
+	ev.ContentType = answerType(asJSON)
 	return &answer{
 		refusal: r, id: ev.ID, help: s.cfg.HelpURL,
 		source: ev.Source.Addr(), name: ev.Name, port: ev.Port, asJSON: asJSON,

@@ -119,6 +119,7 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 	}
 	if g.log, err = eventlog.Open(eventlog.Options{
 		Format: eventlog.Format(s.Log.Format), Output: s.Log.Output, Level: s.Log.Level, Node: s.Node,
+		Facility: s.Log.Facility, Rotate: eventlog.Rotate(s.Log.Rotate),
 	}); err != nil {
 		return nil, &exitError{exitFailure, err}
 	}

@@ -215,7 +215,7 @@ func TestEveryKeyEverywhere(t *testing.T) {
 		"dns.edns_size": "512", "dns.limits.ipv4_prefix": "8", "dns.limits.ipv6_prefix": "48", "dns.limits.over_limit": "drop",
 		"dns.limits.exempt": "10.0.0.0/8", "dns.tunnel_guard.mode": "refuse", "dns.tunnel_guard.unique_names_per_minute": "8", "dns.tunnel_guard.exempt": "cdn.example",
 		"dns.cache.min_ttl": "1s", "admin.listen": "127.0.0.1:3", "admin.hosts": "gate.example", "policy.source": "p.yaml",
-		"log.format": "squid", "log.output": "stderr", "log.level": "debug", "log.dns": "sample",
+		"log.format": "squid", "log.output": "stderr", "log.level": "debug", "log.dns": "sample", "log.facility": "local3",
 		"proxy.limits.client_hello_bytes": "1KiB", "proxy.limits.header_bytes": "1KiB", "proxy.limits.url_bytes": "1KiB",
 		"proxy.parent": "http://192.0.2.1:3128", "proxy.parent_target": "address", "proxy.parent_resolves": ".corp.example",
 		"proxy.source_address": "192.0.2.7, 2001:db8::7", "proxy.groups": "[{group: a, parent: direct, source_address: [192.0.2.8]}]",

@@ -192,7 +192,17 @@ type Policy struct {
 // Log says what is written where.
 type Log struct {
 	Format string `yaml:"format" kind:"enum" enum:"json squid aviatrix" doc:"json: every event, one object a line. squid: Squid's native access.log. aviatrix: Aviatrix FQDN log. The last two have no lines for DNS queries, and messages go to stderr."`
-	Output string `yaml:"output" kind:"output" doc:"stdout, stderr or a file, which SIGUSR1 reopens; relative to this file."`
+	Output string `yaml:"output" kind:"output" doc:"stdout, stderr, a file, which SIGUSR1 reopens (relative to this file), or a syslog receiver (RFC 5424): syslog+udp://host:514, syslog+tcp://host:601 or syslog+unix:///dev/log."`
 	DNS    string `yaml:"dns" kind:"enum" enum:"all denied sample" doc:"Which DNS queries are written: every one; those that are denied; or those, and of the allowed ones each source, name, type and response code once a minute. Metrics count every query."`
 	Level  string `yaml:"level" kind:"enum" enum:"debug info warn error" live:"true" doc:"Least important message to write. Events are always written."`
+
+	Facility string `yaml:"facility" kind:"enum" enum:"kern user mail daemon auth syslog lpr news uucp cron authpriv ftp ntp audit alert clock local0 local1 local2 local3 local4 local5 local6 local7" doc:"Facility of syslog messages."`
+	Rotate   Rotate `yaml:"rotate" doc:"When a log file is put aside and a new one begun. Not for other outputs."`
+}
+
+// Rotate says when a log file is put aside.
+type Rotate struct {
+	Size     int64 `yaml:"size" kind:"size" max:"1024GiB" doc:"A file that would grow larger is put aside, in bytes. 0: never; leave that to logrotate and SIGUSR1."`
+	Keep     int   `yaml:"keep" kind:"count" min:"1" max:"1000" doc:"Files put aside that are kept: FILE.1 is the youngest."`
+	Compress bool  `yaml:"compress" kind:"bool" doc:"Compress files put aside with gzip: FILE.1.gz."`
 }
