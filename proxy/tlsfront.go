@@ -55,6 +55,7 @@ type secure struct {
 	addrs     []netip.AddrPort // of listeners
 	identity  atomic.Pointer[identity]
 	http2     http2Server
+	failed    handshakes
 }
 
 // identity is TLSIdentity in force.
@@ -220,6 +221,7 @@ func (s *Server) handshake(p *pending) *tls.Conn {
 	id := s.secure.identity.Load()
 	c := tls.Server(below, id.config)
 	if err := c.HandshakeContext(s.life); err != nil {
+		s.handshakeFailed(source, start, err)
 		header, notTLS := errors.AsType[tls.RecordHeaderError](err)
 		switch {
 		case notTLS && proxyproto.Starts(header.RecordHeader[:]):

@@ -47,10 +47,23 @@ type UpstreamStats struct {
 
 // ProxyStats are the proxy's numbers.
 type ProxyStats struct {
+	Connections  int    // of clients, open now, tunnels included
 	Tunnels      int    // open now
+	MaxTunnels   int    // how many may be open; 0: no limit
 	Up, Down     int64  // bytes relayed since the start, of live connections too
 	AcceptErrors uint64 // failed accepts since the start
 	AcceptPauses uint64 // how often accepting paused since then
+	Panics       uint64 // connections closed because of a mistake in the program, since then
+
+	Handshakes        map[string]uint64 // TLS handshakes of clients that failed since then, by cause, a closed set
+	CertificateExpiry time.Time         // of the TLS listener; zero: it has none
+}
+
+// LogStats are the log's numbers.
+type LogStats struct {
+	Dropped uint64 // lines lost since the start
+	Lines   int    // waiting to be written
+	Bytes   int    // of these
 }
 
 // Options say where the numbers come from that events do not tell. A nil func
@@ -59,7 +72,9 @@ type Options struct {
 	Version, Revision string // of the program
 	Proxy             func() ProxyStats
 	Resolver          func() ResolverStats
-	LogDropped        func() uint64 // log lines lost, since the start
+	Policy            func() PolicyStats
+	Log               func() LogStats
+	Ready             func() bool // traffic may be sent here
 }
 
 // Metrics counts. It is an [event.Observer] that neither blocks nor allocates.
@@ -69,8 +84,10 @@ type Metrics struct {
 
 	current atomic.Pointer[table]
 	queries [verdicts][len(qtypes) + 1][len(rcodes) + 1]atomic.Uint64
-	connect prometheus.Histogram
 	reload  atomic.Pointer[reload]
+	reloads reloads
+
+	connect, resolve, tunnel, load *histogram
 }
 
 var _ event.Observer = (*Metrics)(nil)
@@ -80,21 +97,24 @@ func New(o Options) *Metrics {
 	m := &Metrics{
 		options:  o,
 		registry: prometheus.NewRegistry(),
-		connect: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name:    "sallyport_connect_duration_seconds",
-			Help:    "Time to connect to a destination, after its name was resolved.",
-			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
-		}),
+		connect:  newHistogram("connect_duration_seconds", "Time to connect to a destination, after its name was resolved.", connectBuckets),
+		resolve:  newHistogram("resolve_duration_seconds", "Time to resolve the name of a connection or request of the proxy, the cache included.", resolveBuckets),
+		tunnel:   newHistogram("tunnel_duration_seconds", "Life of a tunnel, from its request to its end.", tunnelBuckets),
+		load:     newHistogram("policy_load_duration_seconds", "Time to read and compile a policy, and to put it in force or refuse it.", loadBuckets),
 	}
 	m.current.Store(newTable("", nil, nil))
-	m.registry.MustRegister(m.connect, collector{m}, collectors.NewGoCollector(),
+	m.registry.MustRegister(m.connect, m.resolve, m.tunnel, m.load, collector{m},
+		collectors.NewGoCollector(collectors.WithGoCollectorRuntimeMetrics(collectors.MetricsScheduler)),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 
-// Handler serves the metrics.
+// Handler serves the metrics, in the format that is asked for: Prometheus' text, its
+// protocol buffers, or OpenMetrics, which alone has room for exemplars.
 func (m *Metrics) Handler() http.Handler {
-	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 10 * time.Second})
+	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{
+		MaxRequestsInFlight: 4, Timeout: 10 * time.Second, EnableOpenMetrics: true,
+	})
 }
 
 // SetPolicy says which policy is in force. The decisions counted for groups that
@@ -112,9 +132,17 @@ type reload struct {
 // SetReload says how the last attempt to load a policy ended.
 func (m *Metrics) SetReload(ok bool, at time.Time) { m.reload.Store(&reload{ok, at}) }
 
+// Loaded counts the policy that the program started with, which took d to load; of
+// every later one there is an Event.
+func (m *Metrics) Loaded(d time.Duration) { m.load.observe(&event.Event{}, d) }
+
 // Observe implements event.Observer.
 func (m *Metrics) Observe(ev *event.Event) {
 	if ev.Kind == event.Config {
+		m.reloads.count(ev)
+		if ev.Name == "policy" {
+			m.load.observe(ev, ev.Duration)
+		}
 		return
 	}
 	d := &ev.Decision
@@ -123,8 +151,10 @@ func (m *Metrics) Observe(ev *event.Event) {
 		m.queries[verdict(d.Verdict)][indexOf(qtypes[:], ev.QType)][indexOf(rcodes[:], ev.RCode)].Add(1)
 		return
 	}
-	if ev.ConnTime > 0 {
-		m.connect.Observe(ev.ConnTime.Seconds())
+	m.connect.observe(ev, ev.ConnTime)
+	m.resolve.observe(ev, ev.DNSTime)
+	if ev.Kind == event.Connect && ev.Status == http.StatusOK {
+		m.tunnel.observe(ev, ev.Duration)
 	}
 }
 
@@ -268,6 +298,14 @@ var (
 	reloadDesc     = desc("policy_last_reload_success", "Whether the last attempt to load a policy succeeded.")
 	reloadAtDesc   = desc("policy_last_reload_timestamp_seconds", "When a policy was last loaded or refused, in Unix time.")
 	droppedDesc    = desc("log_dropped_total", "Log lines lost because the output was too slow or failed.")
+	logLinesDesc   = desc("log_queue_lines", "Log lines waiting to be written.")
+	logBytesDesc   = desc("log_queue_bytes", "Size of the log lines waiting to be written.")
+	readyDesc      = desc("ready", "Whether traffic may be sent here: a policy is in force, the listeners are up, an upstream answers, and no drain is under way.")
+	connsDesc      = desc("connections", "Connections of clients open now, tunnels included.")
+	limitDesc      = desc("tunnels_limit", "How many tunnels may be open.")
+	panicsDesc     = desc("panics_total", "Connections closed because of a mistake in the program.")
+	handshakesDesc = desc("tls_handshake_failures_total", "TLS handshakes of clients with the proxy that failed.", "cause")
+	certDesc       = desc("tls_certificate_expiry_timestamp_seconds", "When the certificate of the TLS listener expires, in Unix time.")
 	buildDesc      = desc("build_info", "The program, always 1.", "version", "revision", "goversion")
 )
 
@@ -283,7 +321,9 @@ type collector struct{ m *Metrics }
 func (collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{decisionsDesc, tunnelsDesc, bytesDesc, acceptErrDesc, acceptStopDesc, queriesDesc, cacheDesc, dnsDroppedDesc, malformedDesc, failuresDesc,
 		ignoredDesc, prefetchDesc, upDesc, rttDesc, exchangesDesc,
-		policyDesc, reloadDesc, reloadAtDesc, droppedDesc, buildDesc} {
+		policyDesc, reloadDesc, reloadAtDesc, droppedDesc, buildDesc,
+		connsDesc, limitDesc, panicsDesc, handshakesDesc, certDesc, logLinesDesc, logBytesDesc, readyDesc,
+		reloadsDesc, groupsDesc, rulesDesc, namesDesc, loadedDesc, lastGoodDesc, nextExpiryDesc, observeUntilDesc} {
 		ch <- d
 	}
 }
@@ -304,12 +344,16 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		gauge(policyDesc, 1, t.revision)
 	}
 	if r := m.reload.Load(); r != nil {
-		ok := 0.0
-		if r.ok {
-			ok = 1
-		}
-		gauge(reloadDesc, ok)
-		gauge(reloadAtDesc, float64(r.at.UnixNano())/1e9)
+		gauge(reloadDesc, truth(r.ok))
+		gauge(reloadAtDesc, unix(r.at))
+	}
+	m.reloads.collect(counter)
+	if o.Policy != nil {
+		s := o.Policy()
+		s.collect(gauge)
+	}
+	if o.Ready != nil {
+		gauge(readyDesc, truth(o.Ready()))
 	}
 	if o.Proxy != nil {
 		s := o.Proxy()
@@ -318,6 +362,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		counter(bytesDesc, uint64(s.Down), "down")
 		counter(acceptErrDesc, s.AcceptErrors)
 		counter(acceptStopDesc, s.AcceptPauses)
+		s.collectMore(counter, gauge)
 	}
 	if o.Resolver != nil {
 		s := o.Resolver()
@@ -333,21 +378,35 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 			u.collect(counter, gauge)
 		}
 	}
-	if o.LogDropped != nil {
-		counter(droppedDesc, o.LogDropped())
+	if o.Log != nil {
+		s := o.Log()
+		counter(droppedDesc, s.Dropped)
+		gauge(logLinesDesc, float64(s.Lines))
+		gauge(logBytesDesc, float64(s.Bytes))
 	}
 	gauge(buildDesc, 1, o.Version, o.Revision, runtime.Version())
 }
 
+// collectMore emits the rest.
+func (s *ProxyStats) collectMore(counter emit, gauge emitGauge) {
+	gauge(connsDesc, float64(s.Connections))
+	if s.MaxTunnels > 0 {
+		gauge(limitDesc, float64(s.MaxTunnels))
+	}
+	counter(panicsDesc, s.Panics)
+	for cause, n := range s.Handshakes {
+		counter(handshakesDesc, n, cause)
+	}
+	if !s.CertificateExpiry.IsZero() {
+		gauge(certDesc, unix(s.CertificateExpiry))
+	}
+}
+
 // collect emits what there is to say about an upstream. Its labels come from the
 // settings, or from resolv.conf.
-func (u UpstreamStats) collect(counter emit, gauge func(*prometheus.Desc, float64, ...string)) {
+func (u UpstreamStats) collect(counter emit, gauge emitGauge) {
 	labels := []string{u.Zone, strconv.Itoa(u.Index), u.Upstream}
-	up := 0.0
-	if u.Up {
-		up = 1
-	}
-	gauge(upDesc, up, labels...)
+	gauge(upDesc, truth(u.Up), labels...)
 	if u.RTT > 0 {
 		gauge(rttDesc, u.RTT.Seconds(), labels...)
 	}
