@@ -7,15 +7,19 @@
 package metrics
 
 import (
+	"maps"
 	"net/http"
 	"runtime"
+	"slices"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	dto "github.com/prometheus/client_model/go"
 
 	"sallyport/policy"
 	"sallyport/policy/event"
@@ -249,11 +253,12 @@ type counts [len(listeners) + 1][verdicts][maxReasons]atomic.Uint64
 type table struct {
 	revision string
 	groups   map[string]*counts // "" is no group, or one that is gone
+	sorted   []string           // their names
 }
 
 // newTable returns a table for groups that goes on with the counts that old has of them.
 func newTable(revision string, groups []string, old *table) *table {
-	t := &table{revision, make(map[string]*counts, len(groups)+1)}
+	t := &table{revision: revision, groups: make(map[string]*counts, len(groups)+1)}
 	for _, g := range append([]string{""}, groups...) {
 		if old != nil {
 			t.groups[g] = old.groups[g]
@@ -262,6 +267,7 @@ func newTable(revision string, groups []string, old *table) *table {
 			t.groups[g] = new(counts)
 		}
 	}
+	t.sorted = slices.Sorted(maps.Keys(t.groups))
 	return t
 }
 
@@ -338,7 +344,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
 	}
 	t := m.current.Load()
-	t.collect(counter)
+	t.collect(ch)
 	m.collectQueries(counter)
 	if t.revision != "" {
 		gauge(policyDesc, 1, t.revision)
@@ -417,18 +423,37 @@ func (u UpstreamStats) collect(counter emit, gauge emitGauge) {
 
 type emit func(d *prometheus.Desc, n uint64, labels ...string)
 
-func (t *table) collect(counter emit) {
-	for group, c := range t.groups {
-		for l := range c {
-			for v := range c[l] {
-				for r := range c[l][v] {
+// collect emits in the order in which the registry wants them, group, listener, reason,
+// verdict, so that it has nothing to sort.
+func (t *table) collect(ch chan<- prometheus.Metric) {
+	for _, group := range t.sorted {
+		c, name := t.groups[group], pair("group", group)
+		for _, l := range sortedListeners {
+			for _, r := range sortedReasons {
+				for _, v := range sortedVerdicts {
 					if n := c[l][v][r].Load(); n > 0 {
-						counter(decisionsDesc, n, label(listeners[:], l), group, policy.Verdict(v).String(), policy.Reason(r).String())
+						ch <- &sample{labels: [...]*dto.LabelPair{name, listenerLabels[l], reasonLabels[r], verdictLabels[v]}, value: float64(n)}
 					}
 				}
 			}
 		}
 	}
+}
+
+// The indices of listeners, reasons and verdicts in the order of their labels.
+var (
+	sortedListeners = sortedIndices(len(listeners)+1, func(i int) string { return label(listeners[:], i) })
+	sortedReasons   = sortedIndices(maxReasons, func(i int) string { return policy.Reason(i).String() })
+	sortedVerdicts  = sortedIndices(verdicts, func(i int) string { return policy.Verdict(i).String() })
+)
+
+func sortedIndices(n int, label func(int) string) []int {
+	all := make([]int, n)
+	for i := range all {
+		all[i] = i
+	}
+	slices.SortStableFunc(all, func(a, b int) int { return strings.Compare(label(a), label(b)) })
+	return all
 }
 
 func (m *Metrics) collectQueries(counter emit) {
