@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"net"
 	"strings"
@@ -38,7 +39,12 @@ func (s *secure) stats(st *Stats) {
 		return
 	}
 	st.Handshakes = s.failed.byCause()
-	if leaf := id.config.Certificates[0].Leaf; leaf != nil {
+	cert := id.config.Certificates[0]
+	leaf, err := cert.Leaf, error(nil)
+	if leaf == nil && len(cert.Certificate) > 0 { // not from tls.X509KeyPair
+		leaf, err = x509.ParseCertificate(cert.Certificate[0])
+	}
+	if leaf != nil && err == nil {
 		st.CertificateExpiry = leaf.NotAfter
 	}
 }
