@@ -96,6 +96,7 @@ func newDoctor() *cobra.Command {
 	f.StringVar(&c.Allowed, "allowed", "", "name:port that the policy allows, to try")
 	f.StringVar(&c.Denied, "denied", deniedName, "name that the policy does not allow, to try")
 	f.StringVar(&c.Health, "health-name", "", "dns.health_name of the gate")
+	f.BoolVar(&c.Metadata, "metadata", false, "programs may ask the cloud's metadata service past the gate: no_proxy may list it")
 	f.StringSliceVar(&resolvers, "resolver", nil, "address, or address:port, of this machine's resolver (repeatable); default: those of --resolv-conf")
 	f.StringVar(&resolvConf, "resolv-conf", "/etc/resolv.conf", "file that names the resolvers")
 	f.StringSliceVar(&direct, "direct", directTargets, "addresses beyond the gate, that answer on 443, 53 and 853; empty: none")

@@ -39,6 +39,7 @@ type Config struct {
 	Allowed   string           // name:port that the policy allows
 	Denied    string           // name that it does not
 	Health    string           // dns.health_name of the gate
+	Metadata  bool             // programs may ask a cloud's metadata service past the gate
 	Resolvers []netip.AddrPort // of this machine
 	Direct    []netip.Addr     // addresses beyond the gate that answer on 443, 53 and 853
 	Cloud     []netip.Addr     // resolvers that a cloud gives to its machines

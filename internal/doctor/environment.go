@@ -66,7 +66,7 @@ func (c *Config) environment() (*url.URL, []Result) {
 			wrong("unset it: the gate speaks HTTP", "%s is %s, which some programs prefer to the other variables", name, show(v))
 		}
 	}
-	found = append(found, noProxy(values["no_proxy"])...)
+	found = append(found, c.noProxy(values["no_proxy"])...)
 	for _, name := range bundles {
 		if file := env[name]; file != "" {
 			if err := c.Exists(file); err != nil {
@@ -122,7 +122,7 @@ func parseProxy(s string) (*url.URL, error) {
 }
 
 // noProxy looks at a value of no_proxy.
-func noProxy(value string) (found []Result) {
+func (c *Config) noProxy(value string) (found []Result) {
 	wrong := func(format string, args ...any) {
 		found = append(found, problem("environment", fmt.Sprintf(format, args...), noFix))
 	}
@@ -143,7 +143,9 @@ func noProxy(value string) (found []Result) {
 		case strings.Contains(word, "://"):
 			wrong("no_proxy has a URL, %s, which means nothing: it lists hosts", show(word))
 		case addrErr == nil && slices.Contains(metadata, addr.Unmap()):
-			wrong("no_proxy has %s: every program may ask past the gate for credentials of the machine", addr)
+			if !c.Metadata {
+				wrong("no_proxy has %s: every program may ask past the gate for credentials of the machine (if that is meant: --metadata)", addr)
+			}
 		case prefixErr == nil && slices.ContainsFunc(metadata, func(a netip.Addr) bool { return prefix.Contains(a) }):
 			wrong("no_proxy has %s, in which a cloud's metadata service lies: every program may ask past the gate for credentials of the machine", prefix)
 		case prefixErr == nil:

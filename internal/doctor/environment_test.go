@@ -40,6 +40,7 @@ func TestEnvironment(t *testing.T) {
 		{"everything past", both("*"), "", gateURL, []string{"no_proxy has *: nothing"}},
 		{"spaces", both("localhost, corp.example"), "", gateURL, []string{"spaces or semicolons"}},
 		{"metadata", both("localhost,169.254.169.254"), "", gateURL, []string{"169.254.169.254: every program may ask past the gate"}},
+		{"metadata that is meant", both("localhost,169.254.169.254"), "", gateURL, nil},
 		{"metadata with a port, and IPv6", both("169.254.169.254:80,[fd00:ec2::254]"), "", gateURL, []string{"169.254.169.254:", "fd00:ec2::254:"}},
 		{"metadata in a prefix", both("169.254.0.0/16"), "", gateURL, []string{"169.254.0.0/16, in which a cloud's metadata service lies"}},
 		{"a prefix", both("10.0.0.0/8"), "", gateURL, []string{"the prefix 10.0.0.0/8"}},
@@ -50,7 +51,7 @@ func TestEnvironment(t *testing.T) {
 		{"a terminal is not harmed", both("\x1b[31m*x"), "", gateURL, []string{`"\x1b[31m*x"`}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			c := Config{Env: tt.env, Proxy: tt.proxy, Exists: func(name string) error {
+			c := Config{Metadata: strings.Contains(tt.name, "is meant"), Env: tt.env, Proxy: tt.proxy, Exists: func(name string) error {
 				if name == "/missing" {
 					return errors.New("no such file")
 				}
