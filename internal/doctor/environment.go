@@ -146,7 +146,7 @@ func (c *Config) noProxy(value string) (found []Result) {
 			if !c.Metadata {
 				wrong("no_proxy has %s: every program may ask past the gate for credentials of the machine (if that is meant: --metadata)", addr)
 			}
-		case prefixErr == nil && slices.ContainsFunc(metadata, func(a netip.Addr) bool { return prefix.Contains(a) }):
+		case prefixErr == nil && slices.ContainsFunc(metadata, prefix.Contains):
 			wrong("no_proxy has %s, in which a cloud's metadata service lies: every program may ask past the gate for credentials of the machine", prefix)
 		case prefixErr == nil:
 			wrong("no_proxy has the prefix %s: Go, Python's requests and curl from 7.86 on know prefixes; wget, Java, Ruby and older ones do not, and use the proxy", prefix)
