@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -120,7 +121,7 @@ func TestGate(t *testing.T) {
 func TestAllowed(t *testing.T) {
 	far := tlsServer()
 	t.Cleanup(far.Close)
-	broken := false
+	var broken atomic.Bool
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		near, _, err := http.NewResponseController(w).Hijack()
 		if err != nil {
@@ -129,7 +130,7 @@ func TestAllowed(t *testing.T) {
 		}
 		defer near.Close()
 		io.WriteString(near, "HTTP/1.1 200 OK\r\n\r\n")
-		if broken {
+		if broken.Load() {
 			near.Write([]byte{21, 3, 3, 0, 2, 2, 49})
 			io.Copy(io.Discard, near)
 			return
@@ -161,7 +162,7 @@ func TestAllowed(t *testing.T) {
 	if got := run(Config{Roots: pool, Now: func() time.Time { return time.Now().AddDate(1000, 0, 0) }}); got != "allowed ok, tls problem" {
 		t.Errorf("in the year 3000: %s", got)
 	}
-	broken = true
+	broken.Store(true)
 	if got := run(Config{Roots: pool}); got != "allowed ok, tls problem" {
 		t.Errorf("broken off: %s", got)
 	}

@@ -74,7 +74,7 @@ groups:
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		cmd := exec.CommandContext(ctx, binary, slices.Concat([]string{
-			"doctor", "--json", "--resolv-conf", g.path("resolv.conf"), "--health-name", "health.ok.test", "--timeout", "2s",
+			"doctor", "--json", "--resolv-conf", g.path("resolv.conf"), "--health-name", "health.ok.test", "--timeout", "5s",
 			"--direct", beyond4 + "," + beyond6, "--cloud", cloud4, "--allowed", fmt.Sprintf("api.ok.test:%d", w.tlsPort),
 		}, args)...)
 		cmd.Env = env
