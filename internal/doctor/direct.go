@@ -117,18 +117,16 @@ func probeQUIC(ctx context.Context, c *Config, to netip.AddrPort) error {
 	}
 	defer conn.Close()
 	packet, source := strangeInitial()
-	if _, err := conn.Write(packet); err != nil {
-		return err
-	}
 	b := make([]byte, 1500)
+	n, err := c.ask(conn, packet, b)
 	for range 8 { // packets that are something else
-		n, err := conn.Read(b)
 		if err != nil {
 			return err
 		}
 		if isNegotiation(b[:n], source) {
 			return nil
 		}
+		n, err = conn.Read(b)
 	}
 	return errors.New("something answers that is not QUIC")
 }

@@ -357,6 +357,33 @@ func TestProbes(t *testing.T) {
 	}
 }
 
+// One lost packet is no finding.
+func TestLostPacket(t *testing.T) {
+	var asked atomic.Int64
+	refused := refuses(dns.RcodeRefused, 15)
+	pc, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	up, ended := make(chan struct{}), make(chan struct{})
+	s := &dns.Server{PacketConn: pc, NotifyStartedFunc: func() { close(up) }, Handler: dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
+		if asked.Add(1) == 1 {
+			return // lost
+		}
+		m := new(dns.Msg).SetReply(q)
+		refused(q, m)
+		w.WriteMsg(m)
+	})}
+	go func() { s.ActivateAndServe(); close(ended) }()
+	<-up
+	t.Cleanup(func() { s.Shutdown(); <-ended })
+	c := &Config{Timeout: 3 * time.Second}
+	a, err := c.exchange(t.Context(), "udp", netip.MustParseAddrPort(pc.LocalAddr().String()), "denied.test", 1)
+	if err != nil || a.ede != 15 {
+		t.Errorf("%v, %v", a, err)
+	}
+}
+
 // FuzzParse: nothing a resolver or a server sends does harm.
 func FuzzParse(f *testing.F) {
 	m := new(dns.Msg)

@@ -127,15 +127,30 @@ func (c *Config) exchange(ctx context.Context, network string, to netip.AddrPort
 		}
 		return parse(b, id)
 	}
-	if _, err := conn.Write(msg); err != nil {
-		return answer{}, err
-	}
 	b := make([]byte, maxMessage)
-	n, err := conn.Read(b)
+	n, err := c.ask(conn, msg, b)
 	if err != nil {
 		return answer{}, err
 	}
 	return parse(b[:n], id)
+}
+
+// udpTries is how often a packet is sent, for the network may lose one: a resolver
+// would look dead then, and a way around the gate closed.
+const udpTries = 3
+
+// ask sends a packet until there is an answer, which it reads into b, within the timeout.
+func (c *Config) ask(conn net.Conn, packet, b []byte) (n int, err error) {
+	for range udpTries {
+		if _, err = conn.Write(packet); err != nil {
+			return 0, err
+		}
+		conn.SetReadDeadline(time.Now().Add(c.Timeout / udpTries))
+		if n, err = conn.Read(b); !errors.Is(err, os.ErrDeadlineExceeded) {
+			return n, err
+		}
+	}
+	return 0, err
 }
 
 // open connects within the timeout. What follows has as long again.
