@@ -251,7 +251,7 @@ func (c *compiler) groupHead(i int) {
 	for j, u := range g.Users {
 		at := fmt.Sprintf("%s.users[%d]", path, j)
 		if !validUser(u) {
-			c.fail(at, "%q is no name of a user; use 1 to %d characters without spaces, colons and control characters", clip(u), maxUser)
+			c.fail(at, "%q is no name of a user; use 1 to %d characters without spaces, colons (but in a URI) and control characters", clip(u), maxUser)
 			continue
 		}
 		if old, dup := c.p.users[u]; dup {
@@ -269,8 +269,12 @@ func (c *compiler) groupHead(i int) {
 const maxUser = 255
 
 // validUser reports whether s can be the name of a user: what Basic credentials
-// (RFC 7617) and certificates can carry, and a log line can show unambiguously.
+// (RFC 7617) and certificates can carry, and a log line can show unambiguously. A
+// colon stands in the URI of a certificate alone, such as spiffe://corp.example/ci.
 func validUser(s string) bool {
+	if scheme, rest, ok := strings.Cut(s, "://"); ok && scheme != "" && rest != "" && len(s) <= maxUser {
+		s = scheme + strings.ReplaceAll(rest, ":", "")
+	}
 	if s == "" || len(s) > maxUser || !utf8.ValidString(s) {
 		return false
 	}

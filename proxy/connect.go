@@ -117,7 +117,11 @@ func (c *connect) open(h *head) (net.Conn, *refusal) {
 	if c.place, r = c.s.tunnels.reserve(c.request.Source, c.decision); r != nil {
 		return nil, r
 	}
-	conn, t, r := c.s.reach(c.s.life, c.request, c.decision, string(h.via))
+	client := c.client
+	if len(c.early) > 0 {
+		client = nil // it has said what it wanted to say, and may close that side
+	}
+	conn, t, r := c.s.reachFor(client, c.request, c.decision, string(h.via))
 	c.ev.DNSTime, c.ev.ConnTime, c.ev.Parent = t.dnsTime, t.connTime, t.parent
 	if r != nil {
 		return nil, r

@@ -122,6 +122,11 @@ type Stats struct {
 	AcceptErrors uint64 // failed accepts since the start
 	AcceptPauses uint64 // how often accepting paused since then, after a failure or for lack of descriptors
 	Panics       uint64 // connections closed because of a mistake in this program
+
+	// Handshakes are the TLS handshakes of clients that failed since the start, by
+	// cause, a closed set; nil without TLS listeners.
+	Handshakes        map[string]uint64
+	CertificateExpiry time.Time // of the TLS listeners' certificate; zero without
 }
 
 // A Server is the proxy. Listen, then Serve; Shutdown or the end of Serve's
@@ -465,11 +470,13 @@ func (s *Server) Stats() Stats {
 	s.mu.Lock()
 	pending := len(s.pending)
 	s.mu.Unlock()
-	return Stats{
+	st := Stats{
 		Connections: n + pending + int(s.httpConns.Load()), Tunnels: n,
 		BytesUp: up + s.httpUp.Load(), BytesDown: down + s.httpDown.Load(),
 		AcceptErrors: s.acceptErrors.Load(), AcceptPauses: s.descriptors.pauses.Load(), Panics: s.panics.Load(),
 	}
+	s.secure.stats(&st)
+	return st
 }
 
 // newEvent starts the record of a request.

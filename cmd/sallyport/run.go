@@ -93,7 +93,9 @@ type gate struct {
 // newGate builds everything and loads the policy. Nothing listens yet.
 func newGate(o *options, s config.Settings) (*gate, error) {
 	g := &gate{options: o, settings: s, source: newSource(s), hangup: make(chan struct{}, 1), changed: make(chan struct{}, 1)}
+	begun := time.Now()
 	first, warnings, err := g.source.load()
+	took := time.Since(begun)
 	if err != nil && (s.Policy.LastGood == "" || g.source.files == nil) {
 		return nil, usageError(err)
 	}
@@ -130,14 +132,7 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 	}
 	v, rev := build()
 	g.metrics = metrics.New(metrics.Options{
-		Version: v, Revision: rev, LogDropped: g.log.Dropped,
-		Proxy: func() metrics.ProxyStats {
-			st := g.proxy.Stats()
-			return metrics.ProxyStats{
-				Tunnels: st.Tunnels, Up: st.BytesUp, Down: st.BytesDown,
-				AcceptErrors: st.AcceptErrors, AcceptPauses: st.AcceptPauses,
-			}
-		},
+		Version: v, Revision: rev, Log: g.logStats, Policy: g.policyStats, Ready: g.ready, Proxy: g.proxyStats,
 		Resolver: func() metrics.ResolverStats {
 			st := g.resolver.Stats()
 			return metrics.ResolverStats{
@@ -147,6 +142,7 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 			}
 		},
 	})
+	g.metrics.Loaded(took)
 	g.observer, g.queries = g.observers()
 	if g.resolver, err = dnsfilter.New(g.dnsConfig()); err != nil {
 		return nil, usageError(err)

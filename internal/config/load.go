@@ -239,8 +239,8 @@ func (s *Settings) check(at func(path string) policy.Pos) (mistakes policy.Error
 
 // checkIdentity finds settings about who asks that need others.
 func (p *Proxy) checkIdentity(wrong func(path, format string, args ...any)) {
-	if p.Auth.Required && p.Auth.Htpasswd == "" {
-		wrong("proxy.auth.required", "nobody could pass: there are no users; write proxy.auth.htpasswd too, or false")
+	if p.Auth.Required && p.Auth.Htpasswd == "" && (len(p.TLSListen) == 0 || p.TLS.ClientCA == "") {
+		wrong("proxy.auth.required", "nobody could pass: there are no users; write proxy.auth.htpasswd too, or proxy.tls.client_ca with proxy.tls_listen, or false")
 	}
 	if p.TLS.RequireClient && p.TLS.ClientCA == "" {
 		wrong("proxy.tls.require_client_certificate", "no authority is known that could sign one; write proxy.tls.client_ca too, or false")

@@ -443,6 +443,12 @@ proxy:
 	if c := s.Proxy.TLS; c.Certificate != filepath.Join(dir, "c.pem") || c.Key != "/k.pem" || !c.RequireClient || c.MinVersion != "1.3" || c.UserFrom != "san" {
 		t.Errorf("tls = %+v", c)
 	}
+	mustLoad(t, `
+proxy:
+  auth: {required: true} # by certificates alone
+  tls_listen: [":3129"]
+  tls: {certificate: c.pem, key: k.pem, client_ca: ca.pem, user_from: uri}
+`, LoadOptions{})
 	_, _, err := load(t, `
 proxy:
   auth: {required: true, realm: 'a "quoted" one'}

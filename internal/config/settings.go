@@ -85,7 +85,7 @@ type TLS struct {
 	Key           string `yaml:"key" kind:"path" doc:"PEM file of the certificate's key; relative to this file."`
 	ClientCA      string `yaml:"client_ca" kind:"path" doc:"PEM file of the authorities that sign client certificates; relative to this file. Empty: clients are asked for none. Revocation is not looked at."`
 	RequireClient bool   `yaml:"require_client_certificate" kind:"bool" doc:"No connection without a client certificate. false: it is taken if there is one."`
-	UserFrom      string `yaml:"user_from" kind:"enum" enum:"san cn" doc:"What in a client certificate names the user. san: the first mail address, or else the first DNS name, of subjectAltName. cn: the common name of the subject."`
+	UserFrom      string `yaml:"user_from" kind:"enum" enum:"san cn uri" doc:"What in a client certificate names the user. san: the first mail address, or else the first DNS name, of subjectAltName. cn: the common name of the subject. uri: the first URI of subjectAltName, such as a SPIFFE ID."`
 	MinVersion    string `yaml:"min_version" kind:"enum" enum:"1.2 1.3" doc:"Lowest TLS version of the listener. What clients speak inside a CONNECT is the policy's to say."`
 }
 
