@@ -45,12 +45,15 @@ func families(t *testing.T) map[string]family {
 		},
 		Ready: func() bool { return true },
 		Resolver: func() metrics.ResolverStats {
-			return metrics.ResolverStats{Upstreams: []metrics.UpstreamStats{{RTT: time.Second}}}
+			return metrics.ResolverStats{Upstreams: []metrics.UpstreamStats{{RTT: time.Second}}, Limited: []metrics.Limited{
+				{Limit: "responses", Action: "dropped"}, {Limit: "responses", Action: "truncated"}, {Limit: "queries", Action: "dropped"},
+				{Limit: "queries", Action: "refused"}, {Limit: "lookups", Action: "crowded"}, {Limit: "tunnel", Action: "suspected"}, {Limit: "tunnel", Action: "refused"},
+			}}
 		},
 	})
 	m.SetPolicy("r1", []string{"g"})
 	m.SetReload(true, time.Now())
-	for _, listener := range []string{"proxy", "proxy_tls", "dns"} {
+	for _, listener := range []string{"proxy", "proxy_tls", "dns", "dns_tls", "dns_https"} {
 		for _, v := range []policy.Verdict{policy.Allow, policy.Deny, policy.Observe} {
 			for _, r := range policy.Reasons() {
 				m.Observe(&event.Event{

@@ -25,7 +25,7 @@ type Observing struct {
 }
 
 // What can be reloaded, as Config events name it.
-var reloadables = [...]string{"policy", "settings", "users", "certificates"}
+var reloadables = [...]string{"policy", "settings", "users", "certificates", "admin"}
 
 // reloads counts attempts to reload, by what and whether it went well.
 type reloads [len(reloadables) + 1][2]atomic.Uint64
