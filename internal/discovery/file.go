@@ -8,6 +8,7 @@ import (
 	"os"
 	"runtime/debug"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -40,7 +41,11 @@ var errDamaged = errors.New("the file is damaged")
 // A file is the embedded store. Its methods return errors for everything that may be
 // wrong with it, panics and page faults of the library included: a file may be cut short
 // or overwritten at any time.
-type file struct{ db *bbolt.DB }
+type file struct {
+	db     *bbolt.DB
+	handle *os.File              // the library's
+	broken atomic.Pointer[error] // a panic: the library may hold locks for ever, and is not asked again
+}
 
 // guard calls f and turns panics and page faults into an error wrapping errDamaged.
 func guard(f func() error) (err error) {
@@ -51,6 +56,23 @@ func guard(f func() error) (err error) {
 		}
 	}()
 	return f()
+}
+
+// do is guard for what f does.
+func (f *file) do(what func() error) error {
+	if err := f.broken.Load(); err != nil {
+		return *err
+	}
+	done := false
+	err := guard(func() error {
+		err := what()
+		done = true
+		return err
+	})
+	if !done {
+		f.broken.Store(&err)
+	}
+	return err
 }
 
 // openFile opens or makes the file at path.
@@ -77,21 +99,26 @@ func openFile(path string, readOnly bool, now time.Time) (f *file, err error) {
 		if err != nil {
 			return classify(err)
 		}
-		f = &file{db}
-		if readOnly {
-			return db.View(checkFormat)
-		}
-		return db.Update(func(tx *bbolt.Tx) error { return prepare(tx, now) })
+		f = &file{db: db, handle: handle}
+		return nil
 	})
-	if err == nil {
-		return f, nil
+	if err != nil {
+		if handle != nil {
+			handle.Close() // the library does so too, unless it panicked
+		}
+		return nil, err
 	}
-	if f != nil {
+	err = f.do(func() error {
+		if readOnly {
+			return f.db.View(checkFormat)
+		}
+		return f.db.Update(func(tx *bbolt.Tx) error { return prepare(tx, now) })
+	})
+	if err != nil {
 		f.abandon()
-	} else if handle != nil {
-		handle.Close() // the library does so too, unless it panicked
+		return nil, err
 	}
-	return nil, err
+	return f, nil
 }
 
 // classify tells errors about what the file holds from those about reaching it.
@@ -138,28 +165,21 @@ func checkFormat(tx *bbolt.Tx) error {
 	return nil
 }
 
-func (f *file) close() error { return guard(f.db.Close) }
-
-// abandon closes f as far as that goes: after a panic of the library in a transaction
-// Close would wait for its locks for ever.
-func (f *file) abandon() {
-	done := make(chan struct{})
-	go closeQuietly(f.db, done)
-	select {
-	case <-done:
-	case <-time.After(lockPatience):
+// close closes f, in good order if that is possible. After a panic the mapping, and with
+// it the lock, stay as long as the process; the file has got another name by then.
+func (f *file) close() error {
+	if f.broken.Load() != nil {
+		return f.handle.Close()
 	}
+	return f.do(f.db.Close)
 }
 
-// closeQuietly ends when the library lets it, at the latest with the process.
-func closeQuietly(db *bbolt.DB, done chan<- struct{}) {
-	defer close(done)
-	_ = guard(db.Close)
-}
+// abandon closes f, which is of no use any more.
+func (f *file) abandon() { _ = f.close() }
 
 // load calls entry with every pair and use with every rule.
 func (f *file) load(entry func(*entry), use func(useKey, Use)) (begun time.Time, err error) {
-	err = guard(func() error {
+	err = f.do(func() error {
 		return f.db.View(func(tx *bbolt.Tx) error {
 			begun = time.Unix(int64(binary.BigEndian.Uint64(tx.Bucket(bucketMeta).Get(keyBegun))), 0)
 			err := tx.Bucket(bucketPairs).ForEach(func(k, v []byte) error {
@@ -202,7 +222,7 @@ func (f *file) load(entry func(*entry), use func(useKey, Use)) (begun time.Time,
 
 // days calls f with the traffic of each pair on each day from since on.
 func (f *file) days(since uint16, visit func(day uint16, id uint64, u usage)) error {
-	return guard(func() error {
+	return f.do(func() error {
 		return f.db.View(func(tx *bbolt.Tx) error {
 			c := tx.Bucket(bucketDays).Cursor()
 			for k, _ := c.Seek(dayKey(since)); k != nil; k, _ = c.Next() {
@@ -236,7 +256,7 @@ func dayKey(day uint16) []byte { return binary.BigEndian.AppendUint16(nil, day) 
 
 // write writes entries, which are copies with IDs, most of them newer than those before.
 func (f *file) write(entries []entry) error {
-	return guard(func() error {
+	return f.do(func() error {
 		return f.db.Update(func(tx *bbolt.Tx) error {
 			pairs, days := tx.Bucket(bucketPairs), tx.Bucket(bucketDays)
 			open := map[uint16]*bbolt.Bucket{}
@@ -274,7 +294,7 @@ func (f *file) write(entries []entry) error {
 
 // writeUses writes the use of rules.
 func (f *file) writeUses(uses map[useKey]*use) error {
-	return guard(func() error {
+	return f.do(func() error {
 		return f.db.Update(func(tx *bbolt.Tx) error {
 			b := tx.Bucket(bucketRules)
 			for k, u := range uses {
@@ -291,7 +311,7 @@ func (f *file) writeUses(uses map[useKey]*use) error {
 
 // remove removes pairs and rules.
 func (f *file) remove(pairs []removal, rules []useKey) error {
-	return guard(func() error {
+	return f.do(func() error {
 		return f.db.Update(func(tx *bbolt.Tx) error {
 			all, days, uses := tx.Bucket(bucketPairs), tx.Bucket(bucketDays), tx.Bucket(bucketRules)
 			for _, r := range pairs {
@@ -319,7 +339,7 @@ func (f *file) remove(pairs []removal, rules []useKey) error {
 
 // tidy removes the days before day.
 func (f *file) tidy(day uint16) error {
-	return guard(func() error {
+	return f.do(func() error {
 		return f.db.Update(func(tx *bbolt.Tx) error {
 			days := tx.Bucket(bucketDays)
 			var old [][]byte

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"time"
 
@@ -68,15 +69,17 @@ func (s *Store) load(f *file) error {
 			to.last.Store(max(to.last.Load(), uint32(u.LastUsed.Unix())))
 		}
 	}
-	for _, e := range entries {
+	for i, e := range entries {
 		s.lastID = max(s.lastID, e.id)
-		s.table.restore(e)
+		s.table.restore(e, i >= s.options.Entries)
 	}
 	return nil
 }
 
-// restore adds e, which was in a file, to what is known.
-func (t *table) restore(e *entry) {
+// restore adds e, which was in a file, to what is known. Others make room for it if it
+// is one too many. Otherwise they do not, although it may find its shard full: names are
+// spread anew at each start, never quite evenly, and nothing is to be lost by that.
+func (t *table) restore(e *entry, tooMany bool) {
 	i := identity{
 		group: e.group(), rule: e.ruleID(), name: []byte(e.name), port: e.port, qtype: e.qtype,
 		protocol: e.protocol, verdict: e.verdict, reason: e.reason,
@@ -92,7 +95,10 @@ func (t *table) restore(e *entry) {
 		}
 	}
 	e.rule = t.uses.get(e.rule.key)
-	t.insert(sh, e, e.last)
+	if tooMany && len(sh.index) > 0 {
+		t.evict(sh, e.class(), e.last)
+	}
+	sh.insert(e)
 }
 
 // absorb adds what e, from the file, counted before old began to count in memory.
@@ -133,12 +139,14 @@ func (s *Store) flush() {
 	if s.options.File != "" && s.file == nil {
 		s.attach()
 	}
-	s.expire(now)
+	err := s.expire(now)
 	if s.file == nil {
 		s.keepDays()
 		return
 	}
-	err := s.write(now)
+	if err == nil {
+		err = s.write()
+	}
 	switch {
 	case err == nil:
 		s.writes.Add(1)
@@ -189,10 +197,10 @@ func (s *Store) keepDays() {
 }
 
 // expire forgets what is older than Options.Retention, once a day.
-func (s *Store) expire(now time.Time) {
+func (s *Store) expire(now time.Time) error {
 	today := dayOf(now)
 	if s.tidied == today {
-		return
+		return nil
 	}
 	s.tidied = today
 	oldest := dayOf(now.Add(-s.options.Retention))
@@ -201,12 +209,13 @@ func (s *Store) expire(now time.Time) {
 	s.history.tidy(oldest)
 	old := s.table.uses.expire(limit)
 	if s.file == nil {
-		return
+		return nil
 	}
 	if err := errors.Join(s.file.tidy(oldest), s.file.remove(nil, old)); err != nil {
 		s.tidied = 0
-		s.failed("what is too old cannot be removed from discovery's store", err)
+		return fmt.Errorf("remove what is too old: %w", err)
 	}
+	return nil
 }
 
 // expire forgets the entries that were last seen before limit.
@@ -244,7 +253,7 @@ func (t *table) takeRemoved() (all []removal) {
 
 // write writes what has changed to the file. What cannot be written is tried again the
 // next time.
-func (s *Store) write(now time.Time) error {
+func (s *Store) write() error {
 	removed := s.table.takeRemoved()
 	slices.SortFunc(removed, func(a, b removal) int { return cmp.Compare(a.id, b.id) })
 	for part := range slices.Chunk(removed, batch) {
@@ -391,4 +400,24 @@ func (us *uses) expire(limit uint32) (old []useKey) {
 		}
 	}
 	return old
+}
+
+// OpenReadOnly returns a Store with what the file at path remembers, for a look at it
+// while no process has it. Nothing is written. Close it.
+func OpenReadOnly(path string) (*Store, error) {
+	s := newStore(Options{File: path, Entries: math.MaxInt32, Retention: DefaultRetention, Now: time.Now})
+	f, err := openFile(path, true, time.Time{})
+	if err == nil {
+		s.file = f
+		if err = s.load(f); err != nil {
+			f.abandon()
+		}
+	}
+	switch {
+	case errors.Is(err, bbolterrors.ErrTimeout):
+		return nil, fmt.Errorf("discovery: %s: a running process has it; ask that with --admin: %w", path, err)
+	case err != nil:
+		return nil, fmt.Errorf("discovery: %s: %w", path, err)
+	}
+	return s, nil
 }

@@ -204,16 +204,16 @@ func (t *table) get(sh *shard, h uint64, i *identity, at uint32) *entry {
 		name: string(i.name), rule: t.uses.get(i.key()), hash: h, first: at, last: at, day: uint16(at / secondsADay),
 		port: i.port, qtype: i.qtype, protocol: i.protocol, verdict: i.verdict, reason: i.reason,
 	}
-	t.insert(sh, e, at)
+	if n := len(sh.byClass[classDeny]) + len(sh.byClass[classAllow]) + len(sh.byClass[classObserve]); n >= t.room {
+		t.evict(sh, e.class(), at)
+	}
+	sh.insert(e)
 	return e
 }
 
-// insert makes room for e and adds it.
-func (t *table) insert(sh *shard, e *entry, now uint32) {
+// insert adds e.
+func (sh *shard) insert(e *entry) {
 	c := e.class()
-	if n := len(sh.byClass[classDeny]) + len(sh.byClass[classAllow]) + len(sh.byClass[classObserve]); n >= t.room {
-		t.evict(sh, c, now)
-	}
 	e.next = sh.index[e.hash]
 	sh.index[e.hash] = e
 	e.place = uint32(len(sh.byClass[c]))
