@@ -463,7 +463,7 @@ func TestOpenReadOnly(t *testing.T) {
 	if after, err := os.ReadFile(file); err != nil || !bytes.Equal(after, data) {
 		t.Errorf("the file has changed (%v)", err)
 	}
-	if _, err := OpenReadOnly(file+".none"); !errors.Is(err, os.ErrNotExist) {
+	if _, err := OpenReadOnly(file + ".none"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("a file that is not there: %v", err)
 	}
 	if _, err := os.Stat(file + ".none"); !errors.Is(err, os.ErrNotExist) {

@@ -30,6 +30,9 @@ type Pair struct {
 	SourcesEstimated bool      `json:"sources_estimated,omitempty"`
 	FirstSeen        time.Time `json:"first_seen"` // ever, to the second
 	LastSeen         time.Time `json:"last_seen"`
+
+	clients sources // who they were, so that several pairs can be counted together
+	since   uint16  // day from which on they count
 }
 
 // MaxExactSources is how many distinct sources of a Pair are counted one by one.

@@ -282,7 +282,7 @@ func (s *Store) pair(f *found, since uint16) Pair {
 		Group: e.group(), Name: e.name, Port: e.port, QType: qtypeName(e.qtype), Protocol: protocolNames[e.protocol],
 		Verdict: e.verdict.String(), Reason: e.reason.String(), Rule: e.ruleID(), Strange: isStrange(e.name),
 		Listeners: listenerSets[int(listeners)%len(listenerSets)], Count: f.sum.count, BytesUp: f.sum.up, BytesDown: f.sum.down,
-		Sources: n, SourcesEstimated: guess, FirstSeen: time.Unix(int64(first), 0).UTC(), LastSeen: time.Unix(int64(last), 0).UTC(),
+		Sources: n, SourcesEstimated: guess, clients: sources, since: since, FirstSeen: time.Unix(int64(first), 0).UTC(), LastSeen: time.Unix(int64(last), 0).UTC(),
 	}
 }
 

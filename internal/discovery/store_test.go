@@ -142,6 +142,7 @@ func TestPairs(t *testing.T) {
 		t.Fatalf("got %d pairs, want %d: %+v", len(got), len(want), got)
 	}
 	for i := range want {
+		got[i].clients = sources{}
 		if fmt.Sprintf("%+v", got[i]) != fmt.Sprintf("%+v", want[i]) {
 			t.Errorf("pair %d:\n got %+v\nwant %+v", i, got[i], want[i])
 		}
