@@ -31,8 +31,8 @@ func changes(api *API) *atomic.Int32 {
 	return &n
 }
 
-// TestRebinding has a page reach loopback by a name of its own.
-func TestRebinding(t *testing.T) {
+// TestT70AdminRebinding has a page reach loopback by a name of its own.
+func TestT70AdminRebinding(t *testing.T) {
 	api := fullAPI()
 	n := changes(&api)
 	url := serveConfig(t, Config{API: api, Hosts: []string{"gate.corp.example", "Other.Example."}})
@@ -59,8 +59,8 @@ func TestRebinding(t *testing.T) {
 	}
 }
 
-// TestOtherOrigins has a hostile page in the browser of somebody who may do everything.
-func TestOtherOrigins(t *testing.T) {
+// TestT70AdminOtherOrigins has a hostile page in the browser of somebody who may do everything.
+func TestT70AdminOtherOrigins(t *testing.T) {
 	api := fullAPI()
 	n := changes(&api)
 	url := serveConfig(t, Config{API: api})
@@ -199,6 +199,30 @@ func basic(user, password string) string {
 	return strings.TrimPrefix(r.Header.Get("Authorization"), "Basic ")
 }
 
+// TestExposed has an address beyond loopback come past the settings.
+func TestExposed(t *testing.T) {
+	for _, listen := range []string{"0.0.0.0:0", ":0"} {
+		s := New(Config{Listen: listen, Metrics: http.NotFoundHandler()})
+		if err := s.Listen(); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Serve(t.Context()); err == nil || !strings.Contains(err.Error(), "beyond loopback the admin server wants a token or client certificates") {
+			t.Errorf("%s: %v", listen, err)
+		}
+	}
+	url, _ := serveServer(t, Config{Listen: "0.0.0.0:0", Credentials: Credentials{Token: token}})
+	_, port, err := net.SplitHostPort(strings.TrimPrefix(url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, resp, _ := request(t, "GET", "http://127.0.0.1:"+port+"/api/v1/status", "Authorization", "Bearer "+token); resp.StatusCode != 200 {
+		t.Errorf("%d", resp.StatusCode)
+	}
+	if _, resp, _ := request(t, "GET", "http://127.0.0.1:"+port+"/api/v1/status", "Authorization", "Bearer "+token, "Host", "evil.test"); resp.StatusCode != 421 {
+		t.Errorf("over loopback, for another host: %d", resp.StatusCode)
+	}
+}
+
 func TestOpenMetrics(t *testing.T) {
 	url := serveConfig(t, Config{Credentials: Credentials{Token: token}, OpenMetrics: true})
 	if _, resp, _ := request(t, "GET", url+"/metrics"); resp.StatusCode != 200 {
@@ -293,8 +317,8 @@ func TestClientCertificates(t *testing.T) {
 	strangers := x509.NewCertPool()
 	strangers.AddCert(other.Leaf)
 	s.SetCredentials(Credentials{Certificate: &server, ClientCAs: strangers})
-	check("no longer an operator", good, "/api/v1/policy", "", 401)
-	check("the token that is no more", client(), "/api/v1/policy", "Bearer "+token, 401)
+	check("no longer an operator", good, "/api/v1/policy", "", 403)
+	check("the token that is no more", client(), "/api/v1/policy", "Bearer "+token, 403)
 	check("the other authority", client(certificate(t, "eve", &other, later)), "/api/v1/policy", "", 200)
 
 	// It speaks no plain HTTP.
