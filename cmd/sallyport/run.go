@@ -18,6 +18,7 @@ import (
 	"sallyport/dnsfilter"
 	"sallyport/internal/admin"
 	"sallyport/internal/config"
+	"sallyport/internal/discovery"
 	"sallyport/internal/eventlog"
 	"sallyport/internal/metrics"
 	"sallyport/policy"
@@ -87,7 +88,8 @@ type gate struct {
 	dnsCertificate certificates // in force, of dns.tls
 	sockets        inherited
 
-	adminState adminState // for the admin API
+	adminState adminState       // for the admin API
+	discovery  *discovery.Store // nil: nothing is remembered
 }
 
 // newGate builds everything and loads the policy. Nothing listens yet.
@@ -143,7 +145,10 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 		},
 	})
 	g.metrics.Loaded(took)
-	g.observer, g.queries = g.observers()
+	if g.discovery, err = newDiscovery(s.Discovery, g.logger); err != nil {
+		return nil, usageError(err)
+	}
+	g.observer, g.queries = g.discovered(g.observers())
 	if g.resolver, err = dnsfilter.New(g.dnsConfig()); err != nil {
 		return nil, usageError(err)
 	}
@@ -179,6 +184,9 @@ func (g *gate) dnsConfig() dnsfilter.Config {
 	c.Certificate = g.dnsCertificate.Certificate
 	if g.settings.Log.Format != string(eventlog.JSON) && c.Events == dnsfilter.EventsAll {
 		c.Events = dnsfilter.EventsSample // see observers
+	}
+	if g.discovery != nil && c.Events == dnsfilter.EventsDenied {
+		c.Events = dnsfilter.EventsSample // see discovered
 	}
 	return c
 }
@@ -243,7 +251,9 @@ func (g *gate) run(ctx context.Context, hints io.Writer) error {
 	logCtx, stopLog := context.WithCancel(context.WithoutCancel(ctx))
 	logDone := make(chan error, 1)
 	go func() { logDone <- g.log.Run(logCtx) }()
+	stopDiscovery := g.startDiscovery(ctx)
 	err := g.serve(ctx, hints)
+	err = errors.Join(err, failure(stopDiscovery()))
 	stopLog()
 	return errors.Join(err, failure(<-logDone))
 }

@@ -32,6 +32,8 @@ type Settings struct {
 	Admin  Admin  `yaml:"admin" doc:"Health, readiness, metrics and the admin API."`
 	Policy Policy `yaml:"policy" doc:"Where the policy comes from."`
 	Log    Log    `yaml:"log" doc:"Events and messages."`
+
+	Discovery Discovery `yaml:"discovery" doc:"What clients ask for is remembered, for sallyport learn and sallyport report."`
 }
 
 // Proxy holds the settings of the forward proxy.
@@ -205,4 +207,11 @@ type Rotate struct {
 	Size     int64 `yaml:"size" kind:"size" max:"1024GiB" doc:"A file that would grow larger is put aside, in bytes. 0: never; leave that to logrotate and SIGUSR1."`
 	Keep     int   `yaml:"keep" kind:"count" min:"1" max:"1000" doc:"Files put aside that are kept: FILE.1 is the youngest."`
 	Compress bool  `yaml:"compress" kind:"bool" doc:"Compress files put aside with gzip: FILE.1.gz."`
+}
+
+// Discovery says what is remembered of what clients ask for.
+type Discovery struct {
+	Store     string        `yaml:"store" kind:"path" doc:"A file that keeps it over restarts; relative to this file. Its folder must exist and be writable. Empty: memory alone."`
+	Entries   int           `yaml:"entries" kind:"count" max:"5000000" doc:"How many destinations are remembered, each with group, port, protocol and outcome, some 280 bytes each; for more those that are asked for least make room. 0: nothing is remembered."`
+	Retention time.Duration `yaml:"retention" kind:"duration" min:"1d" max:"3650d" doc:"How long days are told apart, and how long a destination is remembered after it was last asked for."`
 }

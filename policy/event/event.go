@@ -39,6 +39,8 @@ type Event struct {
 	Path     string          // path of a plain HTTP request, with the ? of a query but not the query; only log formats that need it show it
 	Decision policy.Decision // the last decision taken
 
+	Protocol policy.Protocol // what was spoken inside a CONNECT, as far as it was seen; the Kind says it of all else
+
 	VPCEndpoint string // AWS VPC endpoint that the client came through, as a load balancer tells it, or ""
 
 	SNI  string   // server_name of the ClientHello
