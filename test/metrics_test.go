@@ -51,6 +51,7 @@ func families(t *testing.T) map[string]family {
 			}}
 		},
 	})
+	m.ObserveDiscovery(func() metrics.DiscoveryStats { return metrics.DiscoveryStats{} })
 	m.SetPolicy("r1", []string{"g"})
 	m.SetReload(true, time.Now())
 	for _, listener := range []string{"proxy", "proxy_tls", "dns", "dns_tls", "dns_https"} {

@@ -89,7 +89,8 @@ func (g *gate) offerDiscovery(api *admin.API) {
 			out[i] = admin.Pair{
 				Group: p.Group, Name: p.Name, Port: p.Port, Protocol: string(p.Protocol), Listeners: p.Listeners,
 				Verdict: p.Verdict, Reason: p.Reason, Rule: p.Rule, Count: p.Count,
-				BytesUp: int64(p.BytesUp), BytesDown: int64(p.BytesDown), Sources: p.Sources, FirstSeen: p.FirstSeen, LastSeen: p.LastSeen,
+				BytesUp: int64(p.BytesUp), BytesDown: int64(p.BytesDown), FirstSeen: p.FirstSeen, LastSeen: p.LastSeen,
+				QType: p.QType, Strange: p.Strange, Sources: p.Sources, SourcesEstimated: p.SourcesEstimated,
 			}
 		}
 		return out, err

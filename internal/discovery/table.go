@@ -406,7 +406,7 @@ func spoken(ev *event.Event) protocol {
 }
 
 // listeners are the doors, each a bit of entry.listeners.
-var listenerNames = [...]string{"dns", "proxy", "proxy_tls", "transparent"} // sorted
+var listenerNames = [...]string{"dns", "dns_https", "dns_tls", "proxy", "proxy_tls", "transparent"} // sorted
 
 // listenerSets has for each set the names in it.
 var listenerSets = func() (sets [1 << len(listenerNames)][]string) {
