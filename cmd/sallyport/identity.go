@@ -177,7 +177,7 @@ func (g *gate) identityFiles() (files []string) {
 			files = append(files, f)
 		}
 	}
-	return files
+	return append(files, g.adminFiles()...)
 }
 
 // watchIdentity asks for a reload when one of the files has changed, and has stayed

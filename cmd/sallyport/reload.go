@@ -28,12 +28,18 @@ func request(c chan<- struct{}) {
 func (g *gate) reloader(ctx context.Context) {
 	for {
 		var err error
+		var tell chan<- admin.Outcome
 		select {
 		case <-ctx.Done():
 			return
 		case <-g.hangup:
 			err = g.attempt("settings", g.reloadSettings)
+		case tell = <-g.adminState.asked:
+			err = g.attempt("settings", g.reloadSettings)
 		case <-g.changed:
+		}
+		if len(g.adminFiles()) > 0 {
+			err = errors.Join(err, g.attempt("admin", g.reloadAdmin))
 		}
 		if g.users != nil {
 			err = errors.Join(err, g.attempt("users", g.reloadUsers))
@@ -45,6 +51,9 @@ func (g *gate) reloader(ctx context.Context) {
 		now := time.Now()
 		g.metrics.SetReload(err == nil, now)
 		g.status.reloaded(g.store.Revision(), err, now)
+		if tell != nil {
+			tell <- reloadOutcome(g.store.Revision(), err, now)
+		}
 	}
 }
 

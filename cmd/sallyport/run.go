@@ -62,7 +62,8 @@ type gate struct {
 	log      *eventlog.Writer
 	logger   zerolog.Logger
 	metrics  *metrics.Metrics
-	observer event.Observer
+	observer event.Observer // of connections
+	queries  event.Observer // of queries; nil: none
 	resolver *dnsfilter.Resolver
 	dns      *dnsfilter.Server
 	proxy    *proxy.Server
@@ -73,6 +74,8 @@ type gate struct {
 	changed  chan struct{} // the policy's files ask for one of the policy
 
 	certificates certificates // in force, of proxy.tls
+
+	adminState adminState // for the admin API
 }
 
 // newGate builds everything and loads the policy. Nothing listens yet.
@@ -123,7 +126,7 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 			}
 		},
 	})
-	g.observer = event.Observers{g.metrics, g.log}
+	g.observer, g.queries = g.observers()
 	if g.resolver, err = dnsfilter.New(g.dnsConfig()); err != nil {
 		return nil, usageError(err)
 	}
@@ -133,9 +136,13 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 		return nil, usageError(err)
 	}
 	g.proxy = proxy.New(pc)
-	g.admin = admin.New(admin.Config{
-		Listen: s.Admin.Listen, Status: g.readiness, Metrics: g.metrics.Handler(), PAC: g.proxy.PACHandler(),
-	})
+	warnings, err = g.newAdmin()
+	if err != nil {
+		return nil, usageError(err)
+	}
+	for _, w := range warnings {
+		g.logger.Warn().Msg(w.Error())
+	}
 	g.store.OnChange(g.policyChanged)
 	return g, g.first(first, loadErr)
 }
@@ -150,10 +157,10 @@ func upstreamStats(all []dnsfilter.UpstreamStats) []metrics.UpstreamStats {
 
 func (g *gate) dnsConfig() dnsfilter.Config {
 	c := dnsConfig(g.settings.DNS)
-	c.Decider, c.Counter, c.Observer, c.Logger = &g.store, g.metrics, g.log, g.logger
+	c.Decider, c.Counter, c.Observer, c.Logger = &g.store, g.metrics, g.queries, g.logger
 	c.Events = dnsfilter.Events(g.settings.Log.DNS)
-	if g.settings.Log.Format != string(eventlog.JSON) {
-		c.Observer = nil // the other formats have no lines for queries
+	if g.settings.Log.Format != string(eventlog.JSON) && c.Events == dnsfilter.EventsAll {
+		c.Events = dnsfilter.EventsSample // see observers
 	}
 	return c
 }
@@ -243,7 +250,7 @@ func (g *gate) serve(ctx context.Context, hints io.Writer) error {
 	defer stopServers()
 	helpers, stopHelpers := context.WithCancel(servers)
 	defer stopHelpers()
-	failed := make(chan error, 4)
+	failed := make(chan error, 6)
 	var wg sync.WaitGroup
 	start := func(name string, serve func(context.Context) error, ctx context.Context) {
 		wg.Go(func() {
@@ -258,6 +265,10 @@ func (g *gate) serve(ctx context.Context, hints io.Writer) error {
 	if g.source.files != nil {
 		start("watch policy", g.watch, helpers)
 	}
+	if g.adminState.tally != nil {
+		start("count talkers", g.adminState.tally.Run, servers)
+		start("sample counters", g.adminState.sampler.Run, servers)
+	}
 	if len(g.identityFiles()) > 0 {
 		wg.Go(func() { g.watchIdentity(helpers) })
 	}
@@ -268,6 +279,8 @@ func (g *gate) serve(ctx context.Context, hints io.Writer) error {
 	var err error
 	select {
 	case <-ctx.Done():
+		g.logger.Info().Dur("drain_ms", g.settings.Proxy.Timeouts.Drain).Msg("draining")
+	case <-g.adminState.stopping:
 		g.logger.Info().Dur("drain_ms", g.settings.Proxy.Timeouts.Drain).Msg("draining")
 	case err = <-failed:
 		g.logger.Error().Err(err).Msg("a server failed; stopping")

@@ -103,7 +103,7 @@ func TestPages(t *testing.T) {
 			t.Errorf("%s: %d %v %s", path, resp.StatusCode, resp.Header, body)
 		}
 	}
-	if resp, _ := ask(t, "POST", url+"/readyz"); resp.StatusCode != http.StatusMethodNotAllowed {
+	if resp, _ := ask(t, "POST", url+"/readyz"); resp.StatusCode != http.StatusForbidden {
 		t.Errorf("POST: %d", resp.StatusCode)
 	}
 	if resp, _ := ask(t, "GET", url+"/other"); resp.StatusCode != http.StatusNotFound {

@@ -17,6 +17,8 @@ type API struct {
 	Started time.Time
 	// LogDropped returns the number of log lines lost since the start.
 	LogDropped func() uint64
+	// TunnelCount returns how many tunnels are open.
+	TunnelCount func() int
 
 	// Policy returns the policy in force. The caller changes nothing in it.
 	Policy func() (*PolicyDetail, error)
@@ -137,18 +139,23 @@ type DiscoveryQuery struct {
 
 // Pair is a destination that a group asked for.
 type Pair struct {
-	Group     string    `json:"group"`
-	Name      string    `json:"name"`
-	Port      uint16    `json:"port"`
-	Protocol  string    `json:"protocol"`
-	Listeners []string  `json:"listeners"`
-	Verdict   string    `json:"verdict"`
-	Reason    string    `json:"reason"`
-	Rule      string    `json:"rule"`
-	Count     uint64    `json:"count"`
-	BytesUp   int64     `json:"bytes_up"`
-	BytesDown int64     `json:"bytes_down"`
-	Sources   int       `json:"sources"` // distinct client addresses, about
+	Group     string   `json:"group"`
+	Name      string   `json:"name"`
+	Port      uint16   `json:"port"`
+	QType     string   `json:"qtype,omitempty"` // of DNS, if it is no usual one
+	Protocol  string   `json:"protocol"`
+	Listeners []string `json:"listeners"`
+	Verdict   string   `json:"verdict"`
+	Reason    string   `json:"reason"`
+	Rule      string   `json:"rule"`
+	Count     uint64   `json:"count"`
+	BytesUp   int64    `json:"bytes_up"`
+	BytesDown int64    `json:"bytes_down"`
+	Strange   bool     `json:"strange,omitempty"` // Name is neither a name nor an address
+	Sources   int      `json:"sources"`           // distinct client addresses
+	// SourcesEstimated says that Sources is an estimate.
+	SourcesEstimated bool `json:"sources_estimated,omitempty"`
+
 	FirstSeen time.Time `json:"first_seen"`
 	LastSeen  time.Time `json:"last_seen"`
 }
@@ -173,8 +180,12 @@ type Outcome struct {
 	Revision string    `json:"revision"` // of the policy in force now
 	Changed  bool      `json:"changed"`  // it is another one than before
 	At       time.Time `json:"at"`
-	Errors   []string  `json:"errors"` // why not, one mistake each; what was in force stays so
+	Errors   []string  `json:"errors"`            // why not, one mistake each; what was in force stays so
+	Pending  bool      `json:"pending,omitempty"` // it goes on, and took too long to wait for
 }
 
 // ErrBadRequest is wrapped by errors about what was asked, whose text is for who asked.
 var ErrBadRequest = errors.New("bad request")
+
+// ErrUnavailable is wrapped by errors about what there is not yet, or no longer.
+var ErrUnavailable = errors.New("not available")

@@ -185,6 +185,7 @@ func (s *Settings) check(at func(path string) policy.Pos) (mistakes policy.Error
 		mistakes = append(mistakes, &policy.Error{Pos: at(path), Path: path, Err: fmt.Errorf(format, args...)})
 	}
 	s.Proxy.checkIdentity(wrong)
+	s.Admin.check(wrong)
 	if len(s.Proxy.Listen)+len(s.Proxy.TLSListen)+len(s.DNS.Listen) == 0 {
 		wrong("proxy.listen", "neither proxy.listen nor dns.listen has an address, so nothing would run; write one")
 	}

@@ -29,7 +29,7 @@ type Settings struct {
 	Node   string `yaml:"node" kind:"node" doc:"Name of this process in events. Empty: the host name."`
 	Proxy  Proxy  `yaml:"proxy" doc:"The explicit forward proxy."`
 	DNS    DNS    `yaml:"dns" doc:"The resolver, which proxy and clients share."`
-	Admin  Admin  `yaml:"admin" doc:"Health, readiness and metrics."`
+	Admin  Admin  `yaml:"admin" doc:"Health, readiness, metrics and the admin API."`
 	Policy Policy `yaml:"policy" doc:"Where the policy comes from."`
 	Log    Log    `yaml:"log" doc:"Events and messages."`
 }
@@ -156,7 +156,18 @@ type Cache struct {
 
 // Admin holds the settings of the admin server.
 type Admin struct {
-	Listen string `yaml:"listen" kind:"admin" doc:"Address to listen on, host:port. It has no passwords: keep it on loopback or a management network. Empty: none."`
+	Listen      string   `yaml:"listen" kind:"admin" doc:"Address to listen on, host:port. Beyond loopback it needs token_file, or tls.client_ca. Empty: none."`
+	Hosts       []string `yaml:"hosts" kind:"name" doc:"Names, besides localhost, that connections over loopback may ask for; others are refused, so that no web page can reach this server through a name of its own. []: none."`
+	TokenFile   string   `yaml:"token_file" kind:"path" doc:"A file whose first line is the token that every request must carry, as Bearer token or as password of Basic; relative to this file. Read again when it changes. Empty: no token."`
+	OpenMetrics bool     `yaml:"open_metrics" kind:"bool" doc:"/metrics needs neither token nor certificate. /healthz, /readyz and /proxy.pac never do."`
+	TLS         AdminTLS `yaml:"tls" doc:"TLS of the admin server. Its files are read again when they change."`
+}
+
+// AdminTLS holds the certificate of the admin server and whom it takes for an operator.
+type AdminTLS struct {
+	Certificate string `yaml:"certificate" kind:"path" doc:"PEM file of the certificate and the chain to its authority; relative to this file. Empty: no TLS."`
+	Key         string `yaml:"key" kind:"path" doc:"PEM file of the certificate's key; relative to this file."`
+	ClientCA    string `yaml:"client_ca" kind:"path" doc:"PEM file of the authorities that sign operators' certificates; relative to this file. Each request needs such a certificate then, or the token if there is one. Empty: clients are asked for none."`
 }
 
 // Policy says where the policy document comes from.

@@ -3,10 +3,7 @@
 // summaries. It is fed by events and never in their way.
 package live
 
-import (
-	"strings"
-	"time"
-)
+import "time"
 
 // A Decision is an event as the admin API shows it. Strings are bounded copies and
 // may hold anything that a client sent; JSON escapes it. Keys are those of the log.
@@ -44,13 +41,6 @@ type Decision struct {
 type Filter struct {
 	Group, Verdict, Reason, Listener string
 	Name                             string
-}
-
-// Match reports whether f takes d.
-func (f *Filter) Match(d *Decision) bool {
-	return (f.Group == "" || f.Group == d.Group) && (f.Verdict == "" || f.Verdict == d.Verdict) &&
-		(f.Reason == "" || f.Reason == d.Reason) && (f.Listener == "" || f.Listener == d.Listener) &&
-		(f.Name == "" || strings.Contains(strings.ToLower(d.Name), strings.ToLower(f.Name)))
 }
 
 // By is what talkers are counted by.
