@@ -82,6 +82,8 @@ type Server struct {
 	credentials atomic.Pointer[credentials]
 	answers     chan struct{} // holds one for each answer of the API under way
 	streams     chan struct{} // and for each stream
+	beat        time.Duration // see streamBeat
+	patience    time.Duration // see streamPatience
 	http        *http.Server
 	listener    net.Listener
 }
@@ -91,6 +93,7 @@ func New(c Config) *Server {
 	s := &Server{
 		listen: c.Listen, openMetrics: c.OpenMetrics, status: c.Status, api: c.API,
 		answers: make(chan struct{}, maxAnswers), streams: make(chan struct{}, maxStreams),
+		beat: streamBeat, patience: streamPatience,
 	}
 	for _, h := range c.Hosts {
 		s.hosts = append(s.hosts, hostname(h))
@@ -106,9 +109,14 @@ func New(c Config) *Server {
 	for _, e := range endpoints {
 		mux.HandleFunc(e.method+" "+e.path, s.answer(e))
 	}
-	mux.HandleFunc("/api/", func(w http.ResponseWriter, r *http.Request) { s.noEndpoint(w, r) })
+	mux.HandleFunc("/api/", noEndpoint)
 	if c.Pages != nil {
-		mux.HandleFunc("GET /", func(w http.ResponseWriter, r *http.Request) {
+		mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+			if r.Method != http.MethodGet && r.Method != http.MethodHead {
+				w.Header().Set("Allow", "GET, HEAD")
+				fail(w, http.StatusMethodNotAllowed, errors.New("pages are read with GET"))
+				return
+			}
 			w.Header().Set("Content-Security-Policy", pagePolicy)
 			c.Pages.ServeHTTP(w, r)
 		})

@@ -57,7 +57,7 @@ const (
 	// reloadPatience bounds what a request waits for a reload.
 	reloadPatience = 20 * time.Second
 	// answerPatience bounds what a request waits for others.
-	answerPatience = 5 * time.Second
+	answerPatience = 2 * time.Second
 )
 
 // answer serves e, unless too many are served.
@@ -74,14 +74,14 @@ func (s *Server) answer(e endpoint) http.HandlerFunc {
 			defer func() { <-s.answers }()
 			e.serve(s, w, r)
 		case <-ctx.Done():
-			w.Header().Set("Retry-After", "5")
+			w.Header().Set("Retry-After", "2")
 			fail(w, http.StatusServiceUnavailable, fmt.Errorf("%d requests are under way", maxAnswers))
 		}
 	}
 }
 
 // noEndpoint answers what is none.
-func (s *Server) noEndpoint(w http.ResponseWriter, r *http.Request) {
+func noEndpoint(w http.ResponseWriter, r *http.Request) {
 	var methods []string
 	for _, e := range endpoints {
 		if e.path == r.URL.Path || e.method == http.MethodDelete && strings.HasPrefix(r.URL.Path, strings.TrimSuffix(e.path, "{id}")) {

@@ -220,12 +220,6 @@ func deliberate(r *http.Request) bool {
 // clip bounds a text for a message.
 func clip(s string) string { return s[:min(len(s), maxWho)] }
 
-// leaseOf returns a func that reports whether r is still allowed; for answers that
-// take long.
-func (s *Server) leaseOf(r *http.Request) func() bool {
-	return func() bool { return s.credentials.Load().allows(r) }
-}
-
 // Bounds of one request and of all; what is asked is small.
 const (
 	readTimeout    = 5 * time.Second

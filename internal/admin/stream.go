@@ -2,6 +2,7 @@ package admin
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -50,7 +51,7 @@ func (s *Server) streamDecisions(w http.ResponseWriter, r *http.Request) {
 		fail(w, http.StatusServiceUnavailable, errors.New("too many streams are open"))
 		return
 	}
-	st := &stream{rc: http.NewResponseController(w), w: w, cursor: s.api.Follow(resume), filter: f}
+	st := &stream{rc: http.NewResponseController(w), w: w, cursor: s.api.Follow(resume), filter: f, patience: s.patience}
 	if err := st.rc.SetReadDeadline(time.Time{}); err != nil { // that of the request, which was read
 		fail(w, http.StatusInternalServerError, err)
 		return
@@ -58,27 +59,28 @@ func (s *Server) streamDecisions(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "text/event-stream")
 	w.Header().Set("X-Accel-Buffering", "no")
 	fmt.Fprintf(&st.out, "retry: %d\nid: %s\n\n", streamRetry.Milliseconds(), st.cursor.ID())
-	st.run(r, s.leaseOf(r))
+	st.run(r.Context(), s.beat, func() bool { return s.credentials.Load().allows(r) })
 }
 
 // A stream is one client that follows decisions.
 type stream struct {
-	rc     *http.ResponseController
-	w      http.ResponseWriter
-	cursor *live.Cursor
-	filter live.Filter
-	lost   uint64 // as the client knows
-	out    bytes.Buffer
+	rc       *http.ResponseController
+	w        http.ResponseWriter
+	cursor   *live.Cursor
+	filter   live.Filter
+	patience time.Duration
+	lost     uint64 // as the client knows
+	out      bytes.Buffer
 }
 
 // run goes on until the client leaves, does not read, or may no longer.
-func (st *stream) run(r *http.Request, allowed func() bool) {
-	tick, beat := time.NewTicker(streamPause), time.NewTicker(streamBeat)
+func (st *stream) run(ctx context.Context, every time.Duration, allowed func() bool) {
+	tick, beat := time.NewTicker(streamPause), time.NewTicker(every)
 	defer tick.Stop()
 	defer beat.Stop()
 	for st.send() == nil {
 		select {
-		case <-r.Context().Done():
+		case <-ctx.Done():
 			return
 		case <-tick.C:
 			st.collect()
@@ -115,7 +117,7 @@ func (st *stream) send() error {
 	if st.out.Len() == 0 {
 		return nil
 	}
-	if err := st.rc.SetWriteDeadline(time.Now().Add(streamPatience)); err != nil {
+	if err := st.rc.SetWriteDeadline(time.Now().Add(st.patience)); err != nil {
 		return err
 	}
 	if _, err := st.w.Write(st.out.Bytes()); err != nil {
