@@ -12,6 +12,7 @@ package dashboard
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"embed"
 	"fmt"
@@ -117,8 +118,14 @@ func (d *dashboard) render(w http.ResponseWriter, r *http.Request, status int, n
 	h.Set("Content-Security-Policy", security)
 	h.Set("Cache-Control", "no-store")
 	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Vary", "Accept-Encoding")
+	body := b.Bytes()
+	if acceptsGzip(r.Header.Get("Accept-Encoding")) { // there is no secret in a page whose length could tell it
+		h.Set("Content-Encoding", "gzip")
+		body = compress(body, gzip.BestSpeed)
+	}
 	w.WriteHeader(status)
-	_, _ = w.Write(b.Bytes()) // whoever asked has gone away
+	_, _ = w.Write(body) // whoever asked has gone away
 }
 
 func (d *dashboard) missing(w http.ResponseWriter, r *http.Request) {

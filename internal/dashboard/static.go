@@ -60,19 +60,27 @@ func newLibrary() (*library, error) {
 		}
 		sum := sha256.Sum256(body)
 		hash := hex.EncodeToString(sum[:8])
-		var zipped bytes.Buffer
-		zw, _ := gzip.NewWriterLevel(&zipped, gzip.BestCompression) // a level that exists
-		if _, err := zw.Write(body); err != nil {
-			return nil, fmt.Errorf("compress %s: %w", e.Name(), err)
-		}
-		if err := zw.Close(); err != nil {
-			return nil, fmt.Errorf("compress %s: %w", e.Name(), err)
-		}
 		p := assets + strings.TrimSuffix(e.Name(), ext) + "." + hash + ext
 		l.paths[e.Name()] = p
-		l.byPath[p] = asset{contentTypes[ext], `"` + hash + `"`, body, zipped.Bytes()}
+		l.byPath[p] = asset{contentTypes[ext], `"` + hash + `"`, body, compress(body, gzip.BestCompression)}
 	}
 	return l, nil
+}
+
+// compress returns body as gzip has it, at one of gzip's levels.
+func compress(body []byte, level int) []byte {
+	var b bytes.Buffer
+	w, err := gzip.NewWriterLevel(&b, level)
+	if err == nil {
+		_, err = w.Write(body)
+	}
+	if err == nil {
+		err = w.Close()
+	}
+	if err != nil { // a level that is none: a buffer takes everything
+		panic(err)
+	}
+	return b.Bytes()
 }
 
 // ServeHTTP answers GET and HEAD below /assets/.

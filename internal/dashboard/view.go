@@ -80,10 +80,14 @@ func (d *dashboard) tiles(st *admin.Status, now time.Time) []tile {
 	all := []tile{health, revision}
 	if d.API.Series != nil {
 		s := d.API.Series(2)
+		open := last(s.Tunnels)
+		if d.API.TunnelCount != nil {
+			open = d.API.TunnelCount()
+		}
 		all = append(all,
 			verdictTile("Proxy decisions / s", &s.Decisions), verdictTile("DNS queries / s", &s.DNSQueries),
 			tile{Label: "Traffic / s", Value: "↓ " + binary(last(s.BytesDown)), Note: "↑ " + binary(last(s.BytesUp))},
-			tile{Label: "Tunnels", Value: number(last(s.Tunnels)), Note: "open now"},
+			tile{Label: "Tunnels", Value: number(open), Note: "open now"},
 		)
 	}
 	if d.API.LogDropped != nil {
@@ -151,7 +155,7 @@ type decision struct {
 }
 
 func newDecision(d live.Decision) decision {
-	v := decision{Decision: d, What: cmp.Or(d.QType, d.Method, d.Event), Target: d.Name, MS: fmt.Sprintf("%.0f", d.DurationMS)}
+	v := decision{Decision: d, What: cmp.Or(d.QType, d.Method, d.Event), Target: d.Name, MS: number(int64(d.DurationMS + .5))}
 	if d.Port != 0 {
 		v.Target = fmt.Sprintf("%s:%d", d.Name, d.Port)
 		if strings.Contains(d.Name, ":") && !strings.HasPrefix(d.Name, "[") {
@@ -334,12 +338,12 @@ func (d *dashboard) overview(w http.ResponseWriter, r *http.Request) {
 		Denied                               []denial
 		DeniedSince                          string
 		Filter                               live.Filter
-		Filtered                             bool
 		Verdicts, Reasons, Groups, Listeners []string
 		Decisions                            []decision
 		Blank                                decision
+		Cursor                               string // the stream goes on from there
 	}{
-		Status: &st, Tiles: d.tiles(&st, time.Now()), Denied: d.topDenied(), DeniedSince: "of the newest decisions", Filter: f, Filtered: f != live.Filter{},
+		Status: &st, Tiles: d.tiles(&st, time.Now()), Denied: d.topDenied(), DeniedSince: "of the newest decisions", Filter: f,
 		Blank: decision{Link: "/explain"}, Verdicts: verdicts, Groups: d.groups(), Listeners: []string{"dns", "proxy", "proxy_tls"},
 	}
 	if d.API.Discovery != nil {
@@ -347,6 +351,9 @@ func (d *dashboard) overview(w http.ResponseWriter, r *http.Request) {
 	}
 	for _, reason := range policy.Reasons() {
 		v.Reasons = append(v.Reasons, reason.String())
+	}
+	if d.API.Follow != nil { // before the rest: what comes meanwhile comes twice, and app.js knows it
+		v.Cursor = d.API.Follow("").ID()
 	}
 	for _, e := range d.recent(f, maxDecisions) {
 		v.Decisions = append(v.Decisions, newDecision(e))
@@ -607,9 +614,9 @@ func (d *dashboard) health(w http.ResponseWriter, r *http.Request) {
 		TunnelsKnown bool
 		LogLost      uint64
 		Started      time.Time
-	}{Listeners: listeners(&st), TunnelsKnown: d.API.Tunnels != nil, Started: d.API.Started}
-	if d.API.Tunnels != nil {
-		_, v.Tunnels = d.API.Tunnels(0)
+	}{Listeners: listeners(&st), TunnelsKnown: d.API.TunnelCount != nil, Started: d.API.Started}
+	if v.TunnelsKnown {
+		v.Tunnels = d.API.TunnelCount()
 	}
 	if d.API.LogDropped != nil {
 		v.LogLost = d.API.LogDropped()

@@ -13,10 +13,9 @@ const maxShown = 512
 
 // visible returns s with everything that has no shape of its own written out:
 // control and format characters (bidirectional overrides among them), white space
-// other than a plain blank, unassigned and private code points as \u202e, bytes
-// that are no UTF-8 as \xff, a backslash as \\. Whoever reads it sees what was
-// sent, and two strings that look alike are alike. What exceeds maxShown bytes ends
-// in an ellipsis. It escapes for eyes; html/template escapes for HTML.
+// other than a plain blank, combining marks, unassigned and private code points as
+// \u202e, bytes that are no UTF-8 as \xff. What exceeds maxShown bytes ends in an
+// ellipsis. It escapes for eyes; html/template escapes for HTML.
 //
 // app.js has the same function for what arrives later.
 func visible(s string) string {
@@ -29,16 +28,13 @@ func visible(s string) string {
 			b.WriteString("…")
 			break
 		}
-		if r == '\\' {
-			b.WriteByte('\\')
-		}
 		writeVisible(&b, s[i], r)
 	}
 	return b.String()
 }
 
 // visibleText is visible for a text of ours with strangers' names in it: lines stay
-// lines, backslashes are its own, and nothing is cut.
+// lines, and nothing is cut.
 func visibleText(s string) string {
 	var b strings.Builder
 	for i, r := range s {
@@ -65,14 +61,14 @@ func writeVisible(b *strings.Builder, first byte, r rune) {
 	}
 }
 
-// plain reports whether s is short and printable ASCII without a backslash, which
-// nearly everything is.
+// plain reports whether s is short and printable ASCII, which nearly everything
+// is.
 func plain(s string) bool {
 	if len(s) > maxShown {
 		return false
 	}
 	for i := range len(s) {
-		if c := s[i]; c < ' ' || c > '~' || c == '\\' {
+		if c := s[i]; c < ' ' || c > '~' {
 			return false
 		}
 	}

@@ -10,9 +10,8 @@
   // visible writes out what has no shape of its own, as visible.go does.
   const maxShown = 512;
   const visible = (s) => {
-    const out = String(s ?? "").replace(/[\p{C}\p{Z}\p{Mn}\\]/gu, (c) => {
+    const out = String(s ?? "").replace(/[\p{C}\p{Z}\p{Mn}]/gu, (c) => {
       if (c === " ") return c;
-      if (c === "\\") return "\\\\";
       const n = c.codePointAt(0);
       return n > 0xffff ? `\\u{${n.toString(16)}}` : `\\u${n.toString(16).padStart(4, "0")}`;
     });
@@ -171,7 +170,8 @@
   const rows = $("#rows");
   const live = () => {
     const state = $("#live-state"), pause = $("#pause"), form = $("#live-filter"), blank = $("#row").content.firstElementChild;
-    let source = null, paused = false, waiting = [], missed = 0, lost = 0, retry = 0, seen = 0;
+    let source = null, paused = false, waiting = [], missed = 0, lost = 0, retry = 0, later = 0, turns = 0;
+    let seen = Math.max(0, ...$$("tr", rows).map((row) => Number(row.dataset.seq)));
 
     const query = () => {
       const q = new URLSearchParams(new FormData(form));
@@ -214,7 +214,7 @@
       $("[data-field=reason]", row).setAttribute("href", explain(d));
       set("rule", d.rule);
       set("bytes", d.bytes_up || d.bytes_down ? `${size(d.bytes_up)} / ${size(d.bytes_down)}` : "");
-      set("ms", Math.round(d.duration_ms));
+      set("ms", Math.round(d.duration_ms).toLocaleString("en-GB"));
       if (fresh) row.classList.add("new");
       return row;
     };
@@ -246,46 +246,63 @@
         say();
       } else draw();
     };
-    const recent = async () => {
-      const q = query();
-      q.set("limit", "60");
-      const answer = await ask(`/api/v1/decisions?${q}`);
-      if (!answer.ok) return;
-      const body = await answer.json();
-      const list = (Array.isArray(body) ? body : body.decisions ?? []).toReversed();
-      if (paused) return;
-      rows.replaceChildren();
-      seen = 0;
-      $("#no-rows").hidden = list.length > 0;
-      add(list, false);
-    };
-    const connect = () => {
+    // start shows the newest and follows from there: at a change of the filter, and
+    // whenever the stream has broken, so that nothing is missed and nothing counted on
+    // that a restart of the gate would have changed.
+    const start = async () => {
+      clearTimeout(later);
       source?.close();
-      const mine = source = new EventSource(`/api/v1/decisions?${query()}`);
-      source.onopen = () => {
+      source = null;
+      say();
+      const turn = ++turns;
+      try {
+        const q = query();
+        q.set("limit", "60");
+        const answer = await ask(`/api/v1/decisions?${q}`);
+        if (!answer.ok) throw new Error(String(answer.status));
+        const body = await answer.json();
+        if (turn !== turns) return;
+        if (!paused) {
+          rows.replaceChildren();
+          waiting = [];
+          seen = 0;
+          add(body.decisions.toReversed(), false);
+          $("#no-rows").hidden = body.decisions.length > 0;
+        }
+        follow(body.cursor);
+      } catch {
+        if (turn === turns) again();
+      }
+    };
+    const again = () => {
+      clearTimeout(later);
+      later = setTimeout(start, 1000 * 2 ** Math.min(retry++, 4));
+    };
+    const follow = (cursor) => {
+      const q = query();
+      q.set("after", cursor);
+      const mine = source = new EventSource(`/api/v1/decisions?${q}`);
+      mine.onopen = () => {
         retry = 0;
         reached(true);
-        recent().catch(() => {});
         say();
       };
       const parse = (work) => (e) => {
         let d;
         try { d = JSON.parse(e.data); } catch { return; }
-        work(d);
+        if (mine === source) work(d);
       };
-      source.addEventListener("decision", parse(take));
-      source.addEventListener("lost", parse((d) => {
-        lost = d.total;
+      mine.addEventListener("decision", parse(take));
+      mine.addEventListener("lost", parse((d) => {
+        lost += d.lost;
         say();
       }));
-      source.onerror = () => {
+      mine.onerror = () => {
         if (mine !== source) return;
+        mine.close();
         reached(false);
+        again();
         say();
-        if (source.readyState === 2) { // the browser has given up: a refusal, not a cut
-          retry = Math.min(retry + 1, 5);
-          setTimeout(() => { if (mine === source) connect(); }, 1000 * 2 ** retry);
-        }
       };
       say();
     };
@@ -301,8 +318,7 @@
     const changed = () => {
       const q = query().toString();
       history.replaceState(null, "", (q ? `/?${q}` : "/") + (q ? "#live" : ""));
-      waiting = [];
-      connect();
+      start();
     };
     form.addEventListener("submit", (e) => {
       e.preventDefault();
@@ -316,8 +332,9 @@
       typed = setTimeout(changed, 400);
     });
     addEventListener("pagehide", () => source?.close());
-    addEventListener("pageshow", (e) => { if (e.persisted) connect(); });
-    connect();
+    addEventListener("pageshow", (e) => { if (e.persisted) start(); });
+    if (rows.dataset.cursor) follow(rows.dataset.cursor);
+    else start();
   };
 
   // Charts.
@@ -331,6 +348,7 @@
     };
     const dashes = [[], [6, 3], [2, 3]]; // lines differ by more than their colour
     const clock = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", timeZone: "UTC" });
+    const exact = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit", timeZone: "UTC" });
     const width = (box) => Math.max(240, box.clientWidth);
     const height = 185;
     const newest = (u) => u.setLegend({ idx: u.data[0].length - 1 }); // where no pointer says another
@@ -344,12 +362,12 @@
         hooks: { setCursor: [(u) => { if (u.cursor.idx == null) newest(u); }] },
         scales: { x: { time: true }, y: { range: (_, __, max) => [0, max > 0 ? max * 1.1 : 1] } },
         axes: [
-          { ...axis, values: (_, ticks) => ticks.map((t) => clock.format(t * 1000)), space: 60 },
+          { ...axis, values: (_, ticks, __, ___, step) => ticks.map((t) => (step < 60 ? exact : clock).format(t * 1000)), space: 70 },
           { ...axis, values: (_, ticks) => ticks.map(kind.value), size: 66, space: 36, ...(kind.incrs && { incrs: kind.incrs }) },
         ],
         series: [
-          { label: "at", value: (_, t) => t == null ? "–" : clock.format(t * 1000) },
-          ...kind.series.map(([label, name], i) => ({ label, stroke: colour(name), width: 1.75, dash: dashes[i], points: { show: false }, value: (_, v) => v == null ? "–" : kind.value(v) })),
+          { label: "at", value: (_, t) => t == null ? "–" : exact.format(t * 1000) },
+          ...kind.series.map(([label, name], i) => ({ label, stroke: colour(name), fill: i ? undefined : colour(name) + "1c", width: 1.75, dash: dashes[i], points: { show: false }, value: (_, v) => v == null ? "–" : kind.value(v) })),
         ],
       }, data, box);
     };
