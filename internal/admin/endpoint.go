@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"strconv"
 	"strings"
 	"time"
 
@@ -361,8 +362,14 @@ func (s *Server) postDrain(w http.ResponseWriter, r *http.Request) {
 	if !has(w, s.api.Drain != nil) {
 		return
 	}
+	// All of the answer goes first: with nothing to drain the process ends at once.
+	const text = `{"draining":true}` + "\n"
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Content-Length", strconv.Itoa(len(text)))
+	w.WriteHeader(http.StatusAccepted)
+	_, _ = io.WriteString(w, text)
+	_ = http.NewResponseController(w).Flush() // whoever asked has gone away: it is done all the same
 	s.api.Drain(who(r))
-	writeJSON(w, http.StatusAccepted, map[string]bool{"draining": true})
 }
 
 func (s *Server) getOpenAPI(w http.ResponseWriter, _ *http.Request) {

@@ -224,7 +224,7 @@ func clip(s string) string { return s[:min(len(s), maxWho)] }
 const (
 	readTimeout    = 5 * time.Second
 	writeTimeout   = 30 * time.Second
-	idleTimeout    = 2 * time.Minute
+	idleTimeout    = time.Minute
 	maxHeader      = 8 << 10 // bytes
 	maxBody        = 4 << 10 // bytes
 	maxConnections = 256     // more wait in the kernel's queue

@@ -31,8 +31,8 @@ func changes(api *API) *atomic.Int32 {
 	return &n
 }
 
-// TestRebinding has a page reach loopback by a name of its own.
-func TestRebinding(t *testing.T) {
+// TestT70AdminRebinding has a page reach loopback by a name of its own.
+func TestT70AdminRebinding(t *testing.T) {
 	api := fullAPI()
 	n := changes(&api)
 	url := serveConfig(t, Config{API: api, Hosts: []string{"gate.corp.example", "Other.Example."}})
@@ -59,8 +59,8 @@ func TestRebinding(t *testing.T) {
 	}
 }
 
-// TestOtherOrigins has a hostile page in the browser of somebody who may do everything.
-func TestOtherOrigins(t *testing.T) {
+// TestT70AdminOtherOrigins has a hostile page in the browser of somebody who may do everything.
+func TestT70AdminOtherOrigins(t *testing.T) {
 	api := fullAPI()
 	n := changes(&api)
 	url := serveConfig(t, Config{API: api})

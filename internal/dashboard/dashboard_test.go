@@ -262,3 +262,66 @@ func TestPolicyPage(t *testing.T) {
 	check("/policy?show=unused", []string{"old.example"}, []string{"soon.example"})
 	check("/policy?show=expiring", []string{"old.example", "soon.example"}, []string{".debian.org"})
 }
+
+// TestFirstPage adds up what the overview of a busy gate needs: the page, its files
+// and an hour of numbers. test/e2e measures the same on the wire, of a quiet one.
+func TestFirstPage(t *testing.T) {
+	api := hostileAPI()
+	var decisions []live.Decision
+	var pairs []admin.Pair
+	for i := range maxDecisions {
+		name := fmt.Sprintf("%x.tenant-%x.region-%d.service.example", i*i*7919, i*104729, i%7)
+		decisions = append(decisions, live.Decision{
+			Seq: uint64(i + 1), Time: time.Now(), Event: "connect", Src: fmt.Sprintf("10.%d.%d.%d", i, i*3, i*4%256), Group: "ci-runners", Method: "CONNECT",
+			Name: name, Port: 443, SNI: name, Verdict: "deny", Reason: "not_listed", BytesUp: int64(i * 9973), BytesDown: int64(i * 999983), DurationMS: float64(i * 31),
+		})
+		pairs = append(pairs, admin.Pair{Group: "ci-runners", Name: name, Port: 443, Protocol: "tls", Verdict: "deny", Reason: "not_listed", Count: uint64(99999 - i), LastSeen: time.Now()})
+	}
+	api.Recent = func(live.Filter, int) []live.Decision { return decisions }
+	api.Discovery = func(q admin.DiscoveryQuery) ([]admin.Pair, error) { return pairs, nil }
+	api.Policy = func() (*admin.PolicyDetail, error) { return &admin.PolicyDetail{}, nil }
+	h := New(Config{Status: func(context.Context) admin.Status { return admin.Status{} }, API: api})
+	size := func(target string) (int, string) {
+		r := httptest.NewRequest("GET", target, nil)
+		r.Header.Set("Accept-Encoding", "gzip, deflate, br")
+		rec := httptest.NewRecorder()
+		h.ServeHTTP(rec, r)
+		n := rec.Body.Len() + 600 // fields of the request and of the answer
+		zr, err := gzip.NewReader(rec.Body)
+		if err != nil {
+			t.Fatalf("%s: %v", target, err)
+		}
+		body, err := io.ReadAll(zr)
+		if err != nil {
+			t.Fatalf("%s: %v", target, err)
+		}
+		return n, string(body)
+	}
+	sum, page := size("/")
+	if n := strings.Count(page, "<tr data-seq"); n < maxDecisions {
+		t.Fatalf("%d decisions are on the page", n)
+	}
+	for _, m := range regexp.MustCompile(`(?:src|href)="(/assets/[^"]+)"`).FindAllStringSubmatch(page, -1) {
+		n, _ := size(m[1])
+		sum += n
+	}
+	const steps = 360
+	per := func(f float64) []float64 {
+		all := make([]float64, steps)
+		for i := range all {
+			all[i] = f + float64(i%97)/10
+		}
+		return all
+	}
+	verdicts := admin.Verdicts{Allow: per(48123), Deny: per(1234), Observe: per(321)}
+	series, err := json.Marshal(admin.Series{StepSeconds: 10, Time: make([]int64, steps), Decisions: verdicts, DNSQueries: verdicts,
+		BytesUp: per(123456789), BytesDown: per(987654321), Tunnels: make([]int, steps)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum += len(series) + 10*steps + 600 // times have ten digits more than zero has
+	t.Logf("the overview of a busy gate takes %d bytes", sum)
+	if sum > 100_000 {
+		t.Errorf("the overview of a busy gate takes %d bytes, want at most 100000", sum)
+	}
+}

@@ -49,6 +49,9 @@ func TestDashboard(t *testing.T) {
 	w := newWorld(t)
 	g := start(t, w, policyText(w, ""))
 	tunnel := openTunnel(t, w, g)
+	for i := range 60 { // as many as the first page shows
+		g.query(ciSource, fmt.Sprintf("name-%d-of-many-that-were-asked-for.example.test.", i))
+	}
 	g.makeTraffic(w)
 
 	wire := newWire(t, g.admin)
@@ -131,8 +134,9 @@ func TestDashboard(t *testing.T) {
 			`document.querySelectorAll("#rows tr").length > 0 && [...document.querySelectorAll("#rows tr")].every((r) => r.innerText.includes("observe"))`)
 		b.until(t, "the stream is open", `document.querySelector("#live-state").textContent === "live"`)
 		g.curl(ciSource, "https://other-group.test/")
-		g.curl(webSource, "http://observed.test:1/")
-		b.until(t, "the stream is filtered", `document.querySelector("#rows").innerText.includes("observed.test")`)
+		before := b.text(t, `document.querySelector("#rows tr").dataset.seq`)
+		g.observe(w)
+		b.until(t, "the stream is filtered", fmt.Sprintf(`document.querySelector("#rows tr").dataset.seq !== %q`, before))
 		if strings.Contains(b.text(t, `document.querySelector("#rows").innerText`), "other-group") {
 			t.Error("the filter let another group through")
 		}
@@ -299,10 +303,16 @@ func (g *gate) makeTraffic(w *world) {
 	g.curl(ciSource, fmt.Sprintf("http://api.ok.test:%d/big", w.httpPort), "-o", "/dev/null")
 	g.curl(ciSource, "https://www.evil.test/")
 	g.curl(ciSource, "https://"+strings.Repeat(strings.Repeat("a", 59)+".", 4)+"test/")
-	g.curl(webSource, "--cacert", w.caFile, fmt.Sprintf("https://api.ok.test:%d/", w.tlsPort))
+	g.observe(w)
 	g.curl(noSource, "https://api.ok.test/")
 	g.dig(ciSource, "api.ok.test")
 	g.dig(ciSource, "nowhere.test", "TXT")
+}
+
+// observe has something let pass that would have been denied: the SNI is another's.
+func (g *gate) observe(w *world) {
+	g.curl(webSource, "--cacert", w.caFile, "--connect-to", fmt.Sprintf("api.ok.test:%d:web.ok.test:%[1]d", w.tlsPort),
+		fmt.Sprintf("https://api.ok.test:%d/", w.tlsPort))
 }
 
 // sendHostile has names decided that would do harm on a careless page.
@@ -320,12 +330,18 @@ func (g *gate) sendHostile() {
 		c.Close()
 	}
 	for _, name := range []string{`<script>pwned\=1</script>.test.`, `evil\226\128\174moc.test.`, `new\010line.test.`} {
-		m := new(dns.Msg)
-		m.SetQuestion(name, dns.TypeA)
-		client := dns.Client{Timeout: patience, Dialer: &net.Dialer{LocalAddr: &net.UDPAddr{IP: net.ParseIP(ciSource)}}}
-		if _, _, err := client.Exchange(m, g.dns); err != nil {
-			g.t.Errorf("query for %s: %v", name, err)
-		}
+		g.query(ciSource, name)
+	}
+}
+
+// query asks the resolver for addresses.
+func (g *gate) query(src, name string) {
+	g.t.Helper()
+	m := new(dns.Msg)
+	m.SetQuestion(name, dns.TypeA)
+	client := dns.Client{Timeout: patience, Dialer: &net.Dialer{LocalAddr: &net.UDPAddr{IP: net.ParseIP(src)}}}
+	if _, _, err := client.Exchange(m, g.dns); err != nil {
+		g.t.Errorf("query for %s: %v", name, err)
 	}
 }
 
