@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -78,6 +80,12 @@ func TestDashboard(t *testing.T) {
 			{"policy", "/policy", "Guardrails"},
 			{"tunnels", "/tunnels", "echo.ok.test"},
 			{"health", "/health", "Upstream DNS"},
+		}
+		if resp, err := http.Get("http://" + g.admin + "/api/v1/proposal?group=web"); err != nil {
+			t.Fatal(err)
+		} else if resp.Body.Close(); resp.StatusCode == http.StatusNotImplemented {
+			t.Log("this process has no discovery")
+			pages = slices.Delete(pages, 2, 3)
 		}
 		for _, scheme := range []string{"light", "dark"} {
 			b.prefers(t, scheme)
@@ -259,6 +267,28 @@ func TestDashboard(t *testing.T) {
 		for _, msg := range b.mistakes {
 			t.Errorf("the console says: %s", msg)
 		}
+	})
+
+	t.Run("with a token", func(t *testing.T) {
+		const token = "0123456789abcdef-of-a-test"
+		g.write("token", token+"\n")
+		t.Setenv("SALLYPORT_ADMIN_TOKEN_FILE", g.path("token"))
+		guarded := start(t, w, policyText(w, ""))
+		for _, path := range []string{"/", "/policy", "/no/such"} {
+			resp, err := http.Get("http://" + guarded.admin + path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp.Body.Close()
+			if resp.StatusCode != http.StatusUnauthorized {
+				t.Errorf("%s without the token: %d", path, resp.StatusCode)
+			}
+		}
+		b.do(t, chromedp.Navigate("http://anybody:"+token+"@"+guarded.admin+"/"))
+		b.until(t, "the stream is open", `document.querySelector("#live-state").textContent === "live"`)
+		b.until(t, "charts are drawn", `document.querySelectorAll(".plot canvas").length === 3`)
+		guarded.curl(ciSource, "https://arrives.test/")
+		b.until(t, "a decision arrives", `document.querySelector("#rows tr").innerText.includes("arrives.test:443")`)
 	})
 
 	t.Run("loss and return", func(t *testing.T) {

@@ -32,9 +32,11 @@
     $("#lost").hidden = ok;
     document.dispatchEvent(new CustomEvent(ok ? "mended" : "lost"));
   };
+  // The page's own address may have a password in it, which requests must not.
+  const here = (url) => location.origin + url;
   const ask = async (url, options) => {
     try {
-      const answer = await fetch(url, { cache: "no-store", ...options });
+      const answer = await fetch(here(url), { cache: "no-store", ...options });
       reached(true);
       return answer;
     } catch (e) {
@@ -281,7 +283,7 @@
     const follow = (cursor) => {
       const q = query();
       q.set("after", cursor);
-      const mine = source = new EventSource(`/api/v1/decisions?${q}`);
+      const mine = source = new EventSource(here(`/api/v1/decisions?${q}`));
       mine.onopen = () => {
         retry = 0;
         reached(true);
