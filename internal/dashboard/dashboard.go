@@ -18,6 +18,7 @@ import (
 	"fmt"
 	"html/template"
 	"net/http"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -147,6 +148,7 @@ func functions(l *library) template.FuncMap {
 		"ago":     ago,
 		"span":    span,
 		"why":     func(reason string) string { return reasons[reason].why },
+		"base":    filepath.Base,
 		"lines":   func(s string) []string { return strings.Split(strings.TrimSpace(s), "\n") },
 		"entry": func(p page, name, path, label, key string) any {
 			return struct {

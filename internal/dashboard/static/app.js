@@ -352,7 +352,7 @@
     const clock = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", timeZone: "UTC" });
     const exact = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit", timeZone: "UTC" });
     const width = (box) => Math.max(240, box.clientWidth);
-    const height = 185;
+    const height = 178;
     const newest = (u) => u.setLegend({ idx: u.data[0].length - 1 }); // where no pointer says another
     const make = (box, kind, data) => {
       const axis = { stroke: colour("--dim"), grid: { stroke: colour("--line-soft"), width: 1 }, ticks: { stroke: colour("--line"), width: 1, size: 4 }, font: "12px system-ui, sans-serif" };
@@ -362,9 +362,9 @@
         cursor: { y: false, points: { size: 6 }, drag: { x: false, y: false } },
         legend: { live: true },
         hooks: { setCursor: [(u) => { if (u.cursor.idx == null) newest(u); }] },
-        scales: { x: { time: true }, y: { range: (_, __, max) => [0, max > 0 ? max * 1.1 : 1] } },
+        scales: { x: { time: true, range: (_, min, max) => max == null ? [Date.now() / 1000 - 600, Date.now() / 1000] : [Math.min(min, max - 600), max] }, y: { range: (_, __, max) => [0, max > 0 ? max * 1.1 : 1] } },
         axes: [
-          { ...axis, values: (_, ticks, __, ___, step) => ticks.map((t) => (step < 60 ? exact : clock).format(t * 1000)), space: 70 },
+          { ...axis, values: (_, ticks, __, ___, step) => ticks.map((t) => (step < 60 ? exact : clock).format(t * 1000)), space: 70, size: 34 },
           { ...axis, values: (_, ticks) => ticks.map(kind.value), size: 66, space: 36, ...(kind.incrs && { incrs: kind.incrs }) },
         ],
         series: [
