@@ -132,7 +132,6 @@ func (s *Server) guard(next http.Handler) http.Handler {
 			fail(w, http.StatusForbidden, fmt.Errorf("what changes something needs the header %s, with any value, or Content-Type: application/json", ClientHeader))
 		case !s.isOpen(r.URL.Path) && !s.credentials.Load().allows(r):
 			s.challenge(w)
-			fail(w, http.StatusUnauthorized, errors.New("write the token of admin.token_file as Authorization: Bearer, or as the password of Basic; or show a client certificate"))
 		default:
 			r.Body = http.MaxBytesReader(w, r.Body, maxBody)
 			next.ServeHTTP(w, r)
@@ -160,11 +159,16 @@ func (s *Server) isOpen(path string) bool {
 	return slices.Contains(open, path) || s.openMetrics && path == "/metrics"
 }
 
+// challenge answers who has shown no credential. A 401 would have to ask for one, which
+// it cannot for certificates.
 func (s *Server) challenge(w http.ResponseWriter) {
-	if s.credentials.Load().hasToken {
-		w.Header().Add("WWW-Authenticate", `Bearer realm="sallyport"`)
-		w.Header().Add("WWW-Authenticate", `Basic realm="sallyport: the token is the password", charset="UTF-8"`)
+	if !s.credentials.Load().hasToken {
+		fail(w, http.StatusForbidden, errors.New("show a client certificate of an authority in admin.tls.client_ca"))
+		return
 	}
+	w.Header().Add("WWW-Authenticate", `Bearer realm="sallyport"`)
+	w.Header().Add("WWW-Authenticate", `Basic realm="sallyport: the token is the password", charset="UTF-8"`)
+	fail(w, http.StatusUnauthorized, errors.New("write the token of admin.token_file as Authorization: Bearer, or as the password of Basic"))
 }
 
 // hostIsOurs keeps pages of other names away that resolve to loopback (DNS

@@ -293,8 +293,8 @@ func TestClientCertificates(t *testing.T) {
 	strangers := x509.NewCertPool()
 	strangers.AddCert(other.Leaf)
 	s.SetCredentials(Credentials{Certificate: &server, ClientCAs: strangers})
-	check("no longer an operator", good, "/api/v1/policy", "", 401)
-	check("the token that is no more", client(), "/api/v1/policy", "Bearer "+token, 401)
+	check("no longer an operator", good, "/api/v1/policy", "", 403)
+	check("the token that is no more", client(), "/api/v1/policy", "Bearer "+token, 403)
 	check("the other authority", client(certificate(t, "eve", &other, later)), "/api/v1/policy", "", 200)
 
 	// It speaks no plain HTTP.
