@@ -382,7 +382,7 @@ func (c *connect) sendAnswer(r *refusal, connect bool) {
 // finish emits the event of a CONNECT that became no tunnel.
 func (c *connect) finish(d policy.Decision, err error) {
 	c.release()
-	c.ev.Decision = d
+	c.ev.Decision, c.ev.Protocol = d, c.request.Protocol
 	note(&c.ev, err)
 	c.s.observe(&c.ev)
 }

@@ -97,6 +97,7 @@ func (t *tunnel) end(problem string) {
 	} else if d != nil {
 		t.ev.Decision = d.Refuse(policy.ReasonPolicyRevoked)
 	}
+	t.ev.Protocol = t.request.Protocol
 	t.ev.BytesUp, t.ev.BytesDown = t.up.Load(), t.down.Load()
 	if t.ev.Error == "" {
 		t.ev.Error = problem

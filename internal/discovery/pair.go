@@ -30,6 +30,9 @@ type Pair struct {
 	SourcesEstimated bool      `json:"sources_estimated,omitempty"`
 	FirstSeen        time.Time `json:"first_seen"` // ever, to the second
 	LastSeen         time.Time `json:"last_seen"`
+
+	clients sources // who they were, so that several pairs can be counted together
+	since   uint16  // day from which on they count
 }
 
 // MaxExactSources is how many distinct sources of a Pair are counted one by one.
@@ -55,6 +58,7 @@ type Query struct {
 	// of the days from then on. Zero: everything that is known.
 	Since    time.Time
 	MinCount uint64 // of one Pair
+	Limit    int    // pairs, at most; 0: all
 }
 
 // A RuleKey names a rule as events do: by the group whose traffic it decided, which
@@ -81,7 +85,6 @@ type Stats struct {
 	WriteErrors uint64    // times that they could not be
 	LastWrite   time.Time // zero: never
 	Since       time.Time // when what is remembered begins
-	Days        int       // days that are told apart; of those before only sums are known
 }
 
 // A ProposalOptions says what to propose.

@@ -38,6 +38,8 @@ type Event struct {
 	Port     uint16          // destination port; 0 for DNS
 	Decision policy.Decision // the last decision taken
 
+	Protocol policy.Protocol // what was spoken inside a CONNECT, as far as it was seen; the Kind says it of all else
+
 	VPCEndpoint string // AWS VPC endpoint that the client came through, as a load balancer tells it, or ""
 
 	SNI  string   // server_name of the ClientHello

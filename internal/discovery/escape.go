@@ -1,0 +1,67 @@
+package discovery
+
+import (
+	"html"
+	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+)
+
+// maxShown bounds a text of unknown origin in what people read, in bytes before escaping.
+const maxShown = 512
+
+// visible returns s so that it stands on one line and does nothing to a terminal: what is
+// not printable, or turns the direction of writing, is escaped, and what is too long cut.
+func visible(s string) string {
+	cut := len(s) > maxShown
+	if cut {
+		s = s[:maxShown]
+	}
+	var b strings.Builder
+	for i := 0; i < len(s); {
+		r, size := utf8.DecodeRuneInString(s[i:])
+		switch {
+		case r == utf8.RuneError && size == 1:
+			b.WriteString(`\x` + strconv.FormatUint(uint64(s[i])|0x100, 16)[1:])
+		case !unicode.IsPrint(r):
+			b.WriteString(strings.Trim(strconv.QuoteRuneToASCII(r), "'"))
+		default:
+			b.WriteRune(r)
+		}
+		i += size
+	}
+	if cut {
+		b.WriteString("...")
+	}
+	return b.String()
+}
+
+// cell returns s for a cell of CSV. What a spreadsheet would take for a formula gets an
+// apostrophe in front.
+func cell(s string) string {
+	s = visible(s)
+	if s != "" && strings.IndexByte("=+-@|%\t\r", s[0]) >= 0 || strings.HasPrefix(s, "\uff1d") || strings.HasPrefix(s, "\uff0b") ||
+		strings.HasPrefix(s, "\uff0d") || strings.HasPrefix(s, "\uff20") {
+		return "'" + s
+	}
+	return s
+}
+
+// markdown returns s for a cell of a table in Markdown, without any meaning of its own.
+// References to characters work in every dialect; a backslash does not in a table.
+func markdown(s string) string {
+	var b strings.Builder
+	for _, r := range visible(s) {
+		switch {
+		case r == '.' || r == '-' || r == ' ' || r == ',' || r == '/' || r == '%' || r >= '0' && r <= '9' || r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r > 0x7f:
+			b.WriteRune(r)
+		default:
+			b.WriteString("&#" + strconv.Itoa(int(r)) + ";")
+		}
+	}
+	// Some dialects make links of what looks like an address of the web.
+	return strings.NewReplacer("www.", "www&#46;", "http", "h&#116;tp").Replace(b.String())
+}
+
+func htmlText(s string) string { return html.EscapeString(visible(s)) }
