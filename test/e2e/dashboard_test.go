@@ -48,6 +48,7 @@ func TestDashboard(t *testing.T) {
 		}
 		t.Skip("chromium is not installed; run make test as root on Debian, which installs it")
 	}
+	t.Setenv("SALLYPORT_PROXY_TIMEOUTS_IDLE", "10m") // one tunnel stays open
 	w := newWorld(t)
 	g := start(t, w, policyText(w, ""))
 	tunnel := openTunnel(t, w, g)
@@ -112,6 +113,24 @@ func TestDashboard(t *testing.T) {
 			b.shoot(t, p.name+"-small")
 		}
 		b.viewport(t, 1360, 900)
+	})
+
+	t.Run("without scripts", func(t *testing.T) {
+		disable := func(value bool) {
+			if _, err := chromedp.Call(b.ctx, emulation.SetScriptExecutionDisabled, emulation.SetScriptExecutionDisabledParams{Value: value}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		disable(true)
+		defer disable(false)
+		for path, want := range map[string]string{
+			"/?name=other.test": "other.test:443", "/policy?q=threats": "@threats", "/tunnels?q=echo": "echo.ok.test",
+			"/explain?source=" + ciSource + "&target=other.test:443": "not_listed", "/discovery": "Seen", "/health": "Upstream DNS",
+		} {
+			b.visit(t, path)
+			b.until(t, path+" says "+want, fmt.Sprintf(`document.querySelector("main").innerText.includes(%q)`, want))
+			b.until(t, "what needs scripts is hidden", `[...document.querySelectorAll(".js-only")].every((e) => e.getClientRects().length === 0)`)
+		}
 	})
 
 	t.Run("live decisions", func(t *testing.T) {
@@ -468,8 +487,7 @@ type pageBrowser struct {
 // openBrowser starts chromium without a display.
 func openBrowser(t *testing.T, chromium, base string) *pageBrowser {
 	t.Helper()
-	options := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(chromium), chromedp.UserDataDir(t.TempDir()),
-		chromedp.Flag("proxy-server", "direct://"), chromedp.Flag("force-color-profile", "srgb"))
+	options := append(chromedp.DefaultExecAllocatorOptions[:], chromedp.ExecPath(chromium), chromedp.Flag("proxy-server", "direct://"))
 	if os.Getuid() == 0 {
 		options = append(options, chromedp.NoSandbox) // which chromium cannot have as root
 	}
@@ -616,7 +634,7 @@ func (b *pageBrowser) text(t *testing.T, expression string) string {
 // no answer, which is as good as no.
 func (b *pageBrowser) until(t *testing.T, what, expression string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(b.ctx, patience)
+	ctx, cancel := context.WithTimeout(b.ctx, 3*patience)
 	defer cancel()
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
@@ -629,7 +647,7 @@ func (b *pageBrowser) until(t *testing.T, what, expression string) {
 		case <-tick.C:
 		case <-ctx.Done():
 			b.shoot(t, "failed")
-			t.Fatalf("not within %v: %s (%s; %v); the page says\n%s", patience, what, expression, err, b.text(t, `location.href + "\n" + document.body.innerText`))
+			t.Fatalf("not within %v: %s (%s; %v); the page says\n%s", 3*patience, what, expression, err, b.text(t, `location.href + "\n" + document.body.innerText`))
 		}
 	}
 }
