@@ -65,6 +65,7 @@ func (g *gate) newAdmin() (warnings []*policy.Error, err error) {
 		a.tally, a.sampler = live.NewTally(a.ring), admin.NewSampler(g.counts)
 		c.API.Recent, c.API.Follow, c.API.Top, c.API.Series = a.ring.Recent, a.ring.Follow, a.tally.Top, a.sampler.Series
 	}
+	g.offerDiscovery(&c.API)
 	g.admin = admin.New(withPages(c))
 	return warnings, nil
 }

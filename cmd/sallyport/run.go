@@ -17,6 +17,7 @@ import (
 	"sallyport/dnsfilter"
 	"sallyport/internal/admin"
 	"sallyport/internal/config"
+	"sallyport/internal/discovery"
 	"sallyport/internal/eventlog"
 	"sallyport/internal/metrics"
 	"sallyport/policy"
@@ -75,7 +76,8 @@ type gate struct {
 
 	certificates certificates // in force, of proxy.tls
 
-	adminState adminState // for the admin API
+	adminState adminState       // for the admin API
+	discovery  *discovery.Store // nil: nothing is remembered
 }
 
 // newGate builds everything and loads the policy. Nothing listens yet.
@@ -126,7 +128,10 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 			}
 		},
 	})
-	g.observer, g.queries = g.observers()
+	if g.discovery, err = newDiscovery(s.Discovery, g.logger); err != nil {
+		return nil, usageError(err)
+	}
+	g.observer, g.queries = g.discovered(g.observers())
 	if g.resolver, err = dnsfilter.New(g.dnsConfig()); err != nil {
 		return nil, usageError(err)
 	}
@@ -161,6 +166,9 @@ func (g *gate) dnsConfig() dnsfilter.Config {
 	c.Events = dnsfilter.Events(g.settings.Log.DNS)
 	if g.settings.Log.Format != string(eventlog.JSON) && c.Events == dnsfilter.EventsAll {
 		c.Events = dnsfilter.EventsSample // see observers
+	}
+	if g.discovery != nil && c.Events == dnsfilter.EventsDenied {
+		c.Events = dnsfilter.EventsSample // see discovered
 	}
 	return c
 }
@@ -223,7 +231,9 @@ func (g *gate) run(ctx context.Context, hints io.Writer) error {
 	logCtx, stopLog := context.WithCancel(context.WithoutCancel(ctx))
 	logDone := make(chan error, 1)
 	go func() { logDone <- g.log.Run(logCtx) }()
+	stopDiscovery := g.startDiscovery(ctx)
 	err := g.serve(ctx, hints)
+	err = errors.Join(err, failure(stopDiscovery()))
 	stopLog()
 	return errors.Join(err, failure(<-logDone))
 }

@@ -32,6 +32,8 @@ type Settings struct {
 	Admin  Admin  `yaml:"admin" doc:"Health, readiness, metrics and the admin API."`
 	Policy Policy `yaml:"policy" doc:"Where the policy comes from."`
 	Log    Log    `yaml:"log" doc:"Events and messages."`
+
+	Discovery Discovery `yaml:"discovery" doc:"What clients ask for is remembered, for sallyport learn and sallyport report."`
 }
 
 // Proxy holds the settings of the forward proxy.
@@ -182,4 +184,11 @@ type Log struct {
 	Output string `yaml:"output" kind:"output" doc:"stdout, stderr or a file, which SIGUSR1 reopens; relative to this file."`
 	DNS    string `yaml:"dns" kind:"enum" enum:"all denied sample" doc:"Which DNS queries are written: every one; those that are denied; or those, and of the allowed ones each source, name, type and response code once a minute. Metrics count every query."`
 	Level  string `yaml:"level" kind:"enum" enum:"debug info warn error" live:"true" doc:"Least important message to write. Events are always written."`
+}
+
+// Discovery says what is remembered of what clients ask for.
+type Discovery struct {
+	Store     string        `yaml:"store" kind:"path" doc:"A file that keeps it over restarts; relative to this file. Its folder must exist and be writable. Empty: memory alone."`
+	Entries   int           `yaml:"entries" kind:"count" max:"5000000" doc:"How many destinations are remembered, each with group, port, protocol and outcome, some 280 bytes each; for more those that are asked for least make room. 0: nothing is remembered."`
+	Retention time.Duration `yaml:"retention" kind:"duration" min:"1d" max:"3650d" doc:"How long days are told apart, and how long a destination is remembered after it was last asked for."`
 }

@@ -52,16 +52,23 @@ func cell(s string) string {
 // References to characters work in every dialect; a backslash does not in a table.
 func markdown(s string) string {
 	var b strings.Builder
-	for _, r := range visible(s) {
-		switch {
-		case r == '.' || r == '-' || r == ' ' || r == ',' || r == '/' || r == '%' || r >= '0' && r <= '9' || r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r > 0x7f:
+	before := ' '
+	text := []rune(visible(s))
+	for i, r := range text {
+		inWord := r == '_' && isAlphanumeric(before) && i+1 < len(text) && isAlphanumeric(text[i+1])
+		if isAlphanumeric(r) || inWord || strings.ContainsRune(` .,:;-/%()=+"'?`, r) {
 			b.WriteRune(r)
-		default:
+		} else {
 			b.WriteString("&#" + strconv.Itoa(int(r)) + ";")
 		}
+		before = r
 	}
 	// Some dialects make links of what looks like an address of the web.
-	return strings.NewReplacer("www.", "www&#46;", "http", "h&#116;tp").Replace(b.String())
+	return strings.NewReplacer("www.", "www&#46;", "WWW.", "WWW&#46;", "://", ":&#47;/").Replace(b.String())
+}
+
+func isAlphanumeric(r rune) bool {
+	return r >= '0' && r <= '9' || r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r > 0x7f
 }
 
 func htmlText(s string) string { return html.EscapeString(visible(s)) }
