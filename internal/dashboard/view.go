@@ -234,7 +234,7 @@ func (d *dashboard) findDenied() []denial {
 	var pairs []admin.Pair
 	if d.API.Discovery != nil {
 		for _, verdict := range []string{"deny", "observe"} {
-			if some, err := d.API.Discovery(admin.DiscoveryQuery{Verdict: verdict}); err == nil {
+			if some, err := d.API.Discovery(admin.DiscoveryQuery{Verdict: verdict, Since: time.Now().AddDate(0, 0, -1)}); err == nil {
 				pairs = append(pairs, some[:min(len(some), maxDenied)]...)
 			}
 		}
@@ -347,7 +347,7 @@ func (d *dashboard) overview(w http.ResponseWriter, r *http.Request) {
 		Blank: decision{Link: "/explain"}, Verdicts: verdicts, Groups: d.groups(), Listeners: []string{"dns", "proxy", "proxy_tls"},
 	}
 	if d.API.Discovery != nil {
-		v.DeniedSince = "of all that is remembered"
+		v.DeniedSince = "since yesterday"
 	}
 	for _, reason := range policy.Reasons() {
 		v.Reasons = append(v.Reasons, reason.String())

@@ -51,7 +51,8 @@
   const refresh = async () => {
     const regions = $$("[data-refresh][id]");
     if (document.hidden || !regions.length) return;
-    const answer = await ask(location.pathname + location.search);
+    // A page without such regions of its own asks a cheaper one for the header's.
+    const answer = await ask($("main [data-refresh]") ? location.pathname + location.search : "/health");
     if (!answer.ok) {
       if (answer.status === 401) location.reload(); // signed out
       return;
