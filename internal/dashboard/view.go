@@ -245,7 +245,7 @@ func (d *dashboard) findDenied() []denial {
 	var all []denial
 	for i := range pairs[:min(len(pairs), maxDenied)] {
 		p := &pairs[i]
-		r := refusal{Group: p.Group, Name: p.Name, Port: p.Port, DNS: p.Protocol == "dns", HTTP: p.Protocol == "http", Reason: p.Reason, Rule: p.Rule}
+		r := refusal{Group: p.Group, Name: p.Name, Port: p.Port, DNS: p.Protocol == "dns", HTTP: p.Protocol == "http", QType: p.QType, Reason: p.Reason, Rule: p.Rule}
 		for j := range recent {
 			if e := &recent[j]; e.Group == p.Group && e.Reason == p.Reason && e.Port == p.Port && strings.EqualFold(e.Name, p.Name) && (e.Event == "dns") == r.DNS {
 				r = refused(e)
