@@ -119,6 +119,9 @@ func loadAdmin(s config.Admin) (c admin.Credentials, sum [sha256.Size]byte, warn
 		h.Write(data)
 		return data
 	}
+	if err := s.Exposed(); err != nil { // the address may come from elsewhere than the settings
+		wrong("admin.listen", "", err)
+	}
 	if data := read("admin.token_file", s.TokenFile, maxToken); s.TokenFile != "" && len(mistakes) == 0 {
 		line, _, _ := strings.Cut(string(data), "\n")
 		if c.Token = strings.TrimSpace(line); len(c.Token) < minToken || strings.ContainsFunc(c.Token, func(r rune) bool { return r <= ' ' || r > '~' }) {

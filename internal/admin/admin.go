@@ -174,7 +174,7 @@ func (s *Server) Listen() error {
 	if err != nil {
 		return err // which names the address
 	}
-	s.listener = netutil.LimitListener(l, maxConnections)
+	s.listener = l
 	return nil
 }
 
@@ -199,12 +199,16 @@ func (s *Server) Serve(ctx context.Context) error {
 		<-ctx.Done()
 		return nil
 	}
+	if err := s.exposed(); err != nil {
+		s.listener.Close()
+		return err
+	}
 	defer context.AfterFunc(ctx, func() { s.http.Close() })()
 	serve := s.http.Serve
 	if s.http.TLSConfig != nil {
 		serve = func(l net.Listener) error { return s.http.ServeTLS(l, "", "") }
 	}
-	if err := serve(s.listener); !errors.Is(err, http.ErrServerClosed) {
+	if err := serve(netutil.LimitListener(s.listener, maxConnections)); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
 	return nil

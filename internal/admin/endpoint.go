@@ -222,7 +222,7 @@ func (s *Server) getTop(w http.ResponseWriter, r *http.Request) {
 func filter(q *query) live.Filter {
 	return live.Filter{
 		Group: q.text("group"), Verdict: q.choice("verdict", "", "allow", "deny", "observe"), Reason: q.text("reason"),
-		Name: q.text("name"), Listener: q.choice("listener", "", "proxy", "proxy_tls", "dns", "transparent"),
+		Name: q.text("name"), Listener: q.text("listener"),
 	}
 }
 

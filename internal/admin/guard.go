@@ -33,6 +33,17 @@ type credentials struct {
 	clientCAs *x509.CertPool
 }
 
+// exposed returns an error if others than this machine could use s without a
+// credential, which the settings should have seen to.
+func (s *Server) exposed() error {
+	c := s.credentials.Load()
+	at, ok := s.listener.Addr().(*net.TCPAddr)
+	if !ok || at.IP.IsLoopback() || c.hasToken || c.clientCAs != nil {
+		return nil
+	}
+	return fmt.Errorf("listen on %s: beyond loopback the admin server wants a token or client certificates", at)
+}
+
 // SetCredentials puts c in force, for requests that come from then on and for streams
 // from their next beat on.
 func (s *Server) SetCredentials(c Credentials) {

@@ -199,6 +199,30 @@ func basic(user, password string) string {
 	return strings.TrimPrefix(r.Header.Get("Authorization"), "Basic ")
 }
 
+// TestExposed has an address beyond loopback come past the settings.
+func TestExposed(t *testing.T) {
+	for _, listen := range []string{"0.0.0.0:0", ":0"} {
+		s := New(Config{Listen: listen, Metrics: http.NotFoundHandler()})
+		if err := s.Listen(); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Serve(t.Context()); err == nil || !strings.Contains(err.Error(), "beyond loopback the admin server wants a token or client certificates") {
+			t.Errorf("%s: %v", listen, err)
+		}
+	}
+	url, _ := serveServer(t, Config{Listen: "0.0.0.0:0", Credentials: Credentials{Token: token}})
+	_, port, err := net.SplitHostPort(strings.TrimPrefix(url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, resp, _ := request(t, "GET", "http://127.0.0.1:"+port+"/api/v1/status", "Authorization", "Bearer "+token); resp.StatusCode != 200 {
+		t.Errorf("%d", resp.StatusCode)
+	}
+	if _, resp, _ := request(t, "GET", "http://127.0.0.1:"+port+"/api/v1/status", "Authorization", "Bearer "+token, "Host", "evil.test"); resp.StatusCode != 421 {
+		t.Errorf("over loopback, for another host: %d", resp.StatusCode)
+	}
+}
+
 func TestOpenMetrics(t *testing.T) {
 	url := serveConfig(t, Config{Credentials: Credentials{Token: token}, OpenMetrics: true})
 	if _, resp, _ := request(t, "GET", url+"/metrics"); resp.StatusCode != 200 {

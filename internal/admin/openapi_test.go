@@ -205,7 +205,7 @@ func TestAnswersAreAsDescribed(t *testing.T) {
 
 	for _, bad := range []string{
 		"/explain", "/explain?source=bad&target=a", "/tunnels?limit=0", "/tunnels?limit=x", "/tunnels?limit=10001", "/top?by=port", "/top?n=-1", "/top?n=1&n=2",
-		"/decisions?verdict=maybe", "/decisions?listener=x", "/decisions?limit=5000", "/series?minutes=61", "/discovery?since=tomorrow", "/discovery?since=-1h",
+		"/decisions?verdict=maybe", "/decisions?limit=5000", "/series?minutes=61", "/discovery?since=tomorrow", "/discovery?since=-1h",
 		"/discovery?since=9999999999d", "/proposal?output=xml", "/report?output=yaml", "/status?x=1", "/policy?%zz",
 	} {
 		if body := check("GET", "/api/v1"+bad, 400); !strings.Contains(body, "bad request") {

@@ -1,14 +1,26 @@
 package config
 
-import "net/netip"
+import (
+	"fmt"
+	"net/netip"
+)
 
 // check finds settings of the admin server that need others. What its TLS lacks shows
 // when its files are read.
 func (a *Admin) check(wrong func(path, format string, args ...any)) {
-	if a.Listen != "" && !a.loopback() && a.TokenFile == "" && a.TLS.ClientCA == "" {
-		wrong("admin.listen", "%s is beyond loopback, where everybody who reaches it could close tunnels and stop the gate; "+
-			"write 127.0.0.1 as its host, or a file with a token as admin.token_file, or who signs operators' certificates as admin.tls.client_ca", quote(a.Listen))
+	if err := a.Exposed(); err != nil {
+		wrong("admin.listen", "%w", err)
 	}
+}
+
+// Exposed returns an error if others than this machine could use the admin server
+// without a credential. Whoever changes Listen after [Load] asks again.
+func (a *Admin) Exposed() error {
+	if a.Listen == "" || a.loopback() || a.TokenFile != "" || a.TLS.ClientCA != "" {
+		return nil
+	}
+	return fmt.Errorf("%s is beyond loopback, where everybody who reaches it could close tunnels and stop the gate; "+
+		"write 127.0.0.1 as its host, or a file with a token as admin.token_file, or who signs operators' certificates as admin.tls.client_ca", quote(a.Listen))
 }
 
 // loopback reports whether this machine alone can reach the admin server.

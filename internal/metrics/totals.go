@@ -1,6 +1,7 @@
 package metrics
 
 import (
+	"strings"
 	"sync/atomic"
 
 	"sallyport/policy"
@@ -15,7 +16,7 @@ func (m *Metrics) Totals() (connections, queries Totals) {
 	for _, c := range m.current.Load().groups {
 		for l := range c {
 			t := &connections
-			if l == listenerDNS {
+			if strings.HasPrefix(label(listeners[:], l), "dns") {
 				t = &queries
 			}
 			t.Allow += sum(&c[l][policy.Allow])
