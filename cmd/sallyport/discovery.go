@@ -11,6 +11,7 @@ import (
 	"sallyport/internal/admin"
 	"sallyport/internal/config"
 	"sallyport/internal/discovery"
+	"sallyport/internal/metrics"
 	"sallyport/policy"
 	"sallyport/policy/event"
 )
@@ -31,6 +32,10 @@ func (g *gate) discovered(connections, queries event.Observer) (_, _ event.Obser
 	if g.discovery == nil {
 		return connections, queries
 	}
+	g.metrics.ObserveDiscovery(func() metrics.DiscoveryStats {
+		st := g.discovery.Stats()
+		return metrics.DiscoveryStats{Pairs: st.Pairs, Evicted: st.Evicted, WriteErrors: st.WriteErrors}
+	})
 	connections = event.Observers{connections, g.discovery}
 	switch {
 	case queries == nil:

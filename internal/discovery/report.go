@@ -257,7 +257,9 @@ func (s *Summary) denied(e *Evidence) {
 		port                   uint16
 		protocol, reason, rule string
 	}
-	rows := gather(e.Pairs, func(p *Pair) bool { return p.Verdict == policy.Deny.String() && p.Reason != policy.ReasonUnmatchedSource.String() },
+	rows := gather(e.Pairs, func(p *Pair) bool {
+		return p.Verdict == policy.Deny.String() && p.Reason != policy.ReasonUnmatchedSource.String()
+	},
 		func(p *Pair) key { return key{nameOf(p), p.Port, string(p.Protocol), p.Reason, p.Rule} },
 		func(p *Pair) Row {
 			return Row{Group: p.Group, Name: p.Name, Port: p.Port, Protocol: p.Protocol, Reason: p.Reason, Rule: p.Rule}
