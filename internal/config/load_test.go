@@ -213,7 +213,7 @@ func TestEveryKeyEverywhere(t *testing.T) {
 		"proxy.parent": "http://192.0.2.1:3128", "proxy.parent_target": "address", "proxy.parent_resolves": ".corp.example",
 		"proxy.source_address": "192.0.2.7, 2001:db8::7", "proxy.groups": "[{group: a, parent: direct, source_address: [192.0.2.8]}]",
 		"admin.token_file": "token", "admin.tls.certificate": "c.pem", "admin.tls.key": "k.pem", "admin.tls.client_ca": "ca.pem",
-		"proxy.pac.direct":    "10.0.0.0/8", "discovery.retention": "7d",
+		"proxy.pac.direct": "10.0.0.0/8", "discovery.retention": "7d",
 		"proxy.auth.htpasswd": "users", "proxy.auth.realm": "corp", "proxy.auth.required": "false", "proxy.tls_listen": "[]",
 		"proxy.tls.certificate": "c.pem", "proxy.tls.key": "k.pem", "proxy.tls.client_ca": "ca.pem",
 		"proxy.tls.require_client_certificate": "false", "proxy.tls.user_from": "cn", "proxy.tls.min_version": "1.3",

@@ -260,7 +260,7 @@ func TestFlippedBytes(t *testing.T) {
 	file, good := filled(t)
 	r := rand.New(rand.NewPCG(5, 6))
 	aside := 0
-	const rounds = 60
+	const rounds = 30
 	for range rounds {
 		bad := bytes.Clone(good)
 		bad[r.IntN(len(bad))] ^= byte(1 + r.IntN(255))

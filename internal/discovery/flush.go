@@ -101,17 +101,17 @@ func (t *table) restore(e *entry, tooMany bool) {
 	sh.insert(e)
 }
 
-// absorb adds what e, from the file, counted before old began to count in memory.
-func (old *entry) absorb(e *entry) {
-	old.id, old.before = e.id, nil
-	old.total.add(e.total)
-	if e.day == old.day {
-		old.today.add(e.today)
+// absorb adds what was, from the file, had counted before e began to count in memory.
+func (e *entry) absorb(was *entry) {
+	e.id, e.before = was.id, nil
+	e.total.add(was.total)
+	if e.day == was.day {
+		e.today.add(was.today)
 	}
-	old.sources.merge(&e.sources)
-	old.first, old.last = min(old.first, e.first), max(old.last, e.last)
-	old.listeners |= e.listeners
-	old.dirty = true
+	e.sources.merge(&was.sources)
+	e.first, e.last = min(e.first, was.first), max(e.last, was.last)
+	e.listeners |= was.listeners
+	e.dirty = true
 }
 
 // failed notes that the file could not be written, and tells so once.
