@@ -52,7 +52,7 @@ func TestDashboard(t *testing.T) {
 	g := start(t, w, policyText(w, ""))
 	tunnel := openTunnel(t, w, g)
 	for i := range 60 { // as many as the first page shows
-		g.query(ciSource, fmt.Sprintf("name-%d-of-many-that-were-asked-for.example.test.", i%12))
+		g.query(ciSource, fmt.Sprintf("name-%d-of-many-that-were-asked-for.example.test.", i%6))
 	}
 	g.makeTraffic(w)
 
