@@ -182,7 +182,7 @@ func TestT15EachRequest(t *testing.T) {
 	if got := o.got(t); got != "early bird" {
 		t.Errorf("%q", got)
 	}
-	if ev := g.next(); ev.Kind != event.Connect || ev.Name != "ssh.ok.test" || ev.Decision.Rule != "s" || ev.BytesUp != 10 {
+	if ev := g.next(); ev.Kind != event.Connect || ev.Protocol != policy.ProtocolTCP || ev.Name != "ssh.ok.test" || ev.Decision.Rule != "s" || ev.BytesUp != 10 {
 		t.Errorf("%+v", ev)
 	}
 	c = g.dial()

@@ -260,6 +260,7 @@ func TestMetricsAreDocumented(t *testing.T) {
 			return metrics.ResolverStats{Upstreams: []metrics.UpstreamStats{{RTT: time.Second}}}
 		},
 	})
+	m.ObserveDiscovery(func() metrics.DiscoveryStats { return metrics.DiscoveryStats{} })
 	m.SetPolicy("r1", nil)
 	m.SetReload(true, time.Now())
 	m.Observe(&event.Event{Kind: event.Connect, ConnTime: time.Second})

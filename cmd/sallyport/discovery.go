@@ -2,7 +2,10 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"io"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -92,11 +95,23 @@ func (g *gate) offerDiscovery(api *admin.API) {
 		return out, err
 	}
 	api.Proposal = func(w io.Writer, q admin.ProposalQuery) error {
-		return writeProposal(w, d, g.store.Policy(), q)
+		p := g.store.Policy()
+		if err := knownGroup(p, q.Group); err != nil {
+			return fmt.Errorf("%w: group: %w", admin.ErrBadRequest, err)
+		}
+		return writeProposal(w, d, p, q)
 	}
 	api.Report = func(w io.Writer, q admin.ReportQuery) error {
 		return writeSummary(w, d, g.store.Policy(), g.settings.Node, q)
 	}
+}
+
+// knownGroup returns an error if the policy has no group called name, which "" need not be.
+func knownGroup(p *policy.Policy, name string) error {
+	if p == nil || name == "" || slices.Contains(p.GroupNames(), name) {
+		return nil
+	}
+	return fmt.Errorf("%q: the policy has no group of that name; there are %s", name, strings.Join(p.GroupNames(), ", "))
 }
 
 // writeProposal writes what learn prints.

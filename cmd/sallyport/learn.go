@@ -55,8 +55,8 @@ func newLearn(o *options) *cobra.Command {
 					return err
 				}
 				defer d.Close()
-				if group != "" && !slices.Contains(p.GroupNames(), group) {
-					return usageError(fmt.Errorf("--group %q: the policy has no group of that name; there are %s", group, strings.Join(p.GroupNames(), ", ")))
+				if err := knownGroup(p, group); err != nil {
+					return usageError(fmt.Errorf("--group %w", err))
 				}
 				return badEvidence(writeProposal(cmd.OutOrStdout(), d, p, admin.ProposalQuery{Group: group, Since: since, MinCount: least, Output: from.output}))
 			}

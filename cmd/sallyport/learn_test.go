@@ -223,6 +223,9 @@ admin: {listen: "127.0.0.1:0"}
 			if err != nil || !strings.Contains(out, "unlisted.test") || strings.Contains(out, "- listed.test") {
 				t.Errorf("%v\n%s", err, out)
 			}
+			if _, status, err := sallyport(t, "learn", "--admin", "http://"+adminAt, "--group", "legasy"); status != exitUsage || !strings.Contains(err.Error(), "there are legacy") {
+				t.Errorf("an unknown group: status %d, %v", status, err)
+			}
 			out, _, err = sallyport(t, "report", "--admin", "http://"+adminAt, "--output", "json")
 			if err != nil || !strings.Contains(out, `"listed.test"`) || !strings.Contains(out, `"127.0.0.1"`) {
 				t.Errorf("%v\n%s", err, out)

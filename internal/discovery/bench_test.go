@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"runtime"
+	"strings"
 	"testing"
 	"time"
 
@@ -28,21 +29,46 @@ func manyEvents(n int) []event.Event {
 	return evs
 }
 
-func BenchmarkObserveKnown(b *testing.B) {
-	s, err := Open(Options{})
-	if err != nil {
-		b.Fatal(err)
+// An asking is what differs from event to event in a benchmark.
+type asking struct {
+	name, group string
+	source      netip.AddrPort
+}
+
+// shuffled returns what evs ask for in an order that the table does not know, side by side in
+// memory: a server has just read the name that it tells of.
+func shuffled(evs []event.Event) []asking {
+	out := make([]asking, len(evs))
+	for i := range out {
+		ev := &evs[i*7919%len(evs)]
+		out[i] = asking{strings.Clone(ev.Name), ev.Decision.Group, ev.Source}
 	}
-	evs := manyEvents(100_000)
-	for i := range evs {
-		s.Observe(&evs[i])
-	}
-	b.ReportAllocs()
-	ev := evs[0] // of which a server has just filled in every field
-	for i := 0; b.Loop(); i++ {
-		from := &evs[i*7919%len(evs)]
-		ev.Name, ev.Source, ev.Decision.Group = from.Name, from.Source, from.Decision.Group
+	return out
+}
+
+func observeAll(s *Store, ev event.Event, asked []asking, next func() bool) {
+	for i := 0; next(); i++ {
+		a := &asked[i%len(asked)]
+		ev.Name, ev.Source, ev.Decision.Group = a.name, a.source, a.group
 		s.Observe(&ev)
+	}
+}
+
+func BenchmarkObserveKnown(b *testing.B) {
+	for _, n := range []int{1000, 100_000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			s, err := Open(Options{})
+			if err != nil {
+				b.Fatal(err)
+			}
+			evs := manyEvents(n)
+			for i := range evs {
+				s.Observe(&evs[i])
+			}
+			asked := shuffled(evs)
+			b.ReportAllocs()
+			observeAll(s, evs[0], asked, b.Loop)
+		})
 	}
 }
 
@@ -56,16 +82,10 @@ func BenchmarkObserveKnownParallel(b *testing.B) {
 		evs[i].Decision.Verdict, evs[i].Decision.Reason, evs[i].Decision.Rule = policy.Allow, policy.ReasonMatched, "*.example.com"
 		s.Observe(&evs[i])
 	}
+	asked := shuffled(evs)
 	b.ReportAllocs()
 	b.ResetTimer()
-	b.RunParallel(func(pb *testing.PB) {
-		ev := evs[0]
-		for i := 0; pb.Next(); i++ {
-			from := &evs[i*7919%len(evs)]
-			ev.Name, ev.Source, ev.Decision.Group = from.Name, from.Source, from.Decision.Group
-			s.Observe(&ev)
-		}
-	})
+	b.RunParallel(func(pb *testing.PB) { observeAll(s, evs[0], asked, pb.Next) })
 }
 
 // BenchmarkObserveNew is a flood of names that nobody has asked for before.
