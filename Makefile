@@ -7,11 +7,12 @@ FUZZTIME = 20s
 SOAKTIME = 10m
 BENCH = .
 COUNT = 1
+UPLOT = 1.6.32
 OUT = bin/sallyport
 LINT = go tool -modfile=.ci/tools.mod golangci-lint
 
 .POSIX:
-.PHONY: help build test lint fuzz soak bench e2e generate tools
+.PHONY: help build test lint fuzz soak bench e2e generate uplot tools
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9]*\):.*## \(.*\)/  \1	\2/p' Makefile | expand -t 12
@@ -49,10 +50,17 @@ e2e: tools ## only the end-to-end tests: real curl and dig against the built bin
 generate: ## JSON Schemas in configs/, from the Go types
 	go generate $(PKG)
 
+uplot: ## the dashboard's charting library again, from its npm package (needs npm)
+	dir=$$(mktemp -d) && trap 'rm -r "$$dir"' EXIT && \
+	(cd "$$dir" && npm pack --silent uplot@$(UPLOT) >/dev/null && tar -xzf uplot-$(UPLOT).tgz) && \
+	cp "$$dir/package/dist/uPlot.iife.min.js" "$$dir/package/dist/uPlot.min.css" internal/dashboard/static/ && \
+	cp "$$dir/package/LICENSE" internal/dashboard/static/uPlot.LICENSE
+
 # The race detector needs a C compiler, the end-to-end tests real clients. On
 # Debian and its relatives what is missing is installed if we may; elsewhere the
-# message says what to install. promtool is welcome: without it its tests are
-# skipped. Its package would start a Prometheus too, which nobody asked for.
+# message says what to install. The dashboard's test needs chromium, and is skipped
+# without it. promtool is welcome: without it its tests are skipped, too. Its package
+# would start a Prometheus, which nobody asked for.
 tools:
 	@missing=; \
 	command -v cc >/dev/null 2>&1 || command -v gcc >/dev/null 2>&1 || missing="$$missing gcc libc6-dev"; \
@@ -63,6 +71,7 @@ tools:
 	command -v calamaris >/dev/null 2>&1 || missing="$$missing calamaris"; \
 	command -v sarg >/dev/null 2>&1 || missing="$$missing sarg"; \
 	command -v luajit >/dev/null 2>&1 || missing="$$missing luajit"; \
+	command -v chromium >/dev/null 2>&1 || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null 2>&1 || missing="$$missing chromium"; \
 	test -e /etc/ssl/certs/ca-certificates.crt || test ! -e /etc/debian_version || missing="$$missing ca-certificates"; \
 	welcome=; command -v promtool >/dev/null 2>&1 || welcome=prometheus; \
 	test -n "$$missing$$welcome" || exit 0; \

@@ -220,6 +220,7 @@ func TestNotLinked(t *testing.T) {
 		{"testing", "test code in the product"},
 		{"net/http/pprof", "profiles on a global mux"},
 		{"github.com/refraction-networking/utls", "imitates browsers in tests only"},
+		{"github.com/chromedp", "drives a browser in tests only"},
 		{"github.com/rogpeppe/go-internal/testscript", "for tests only"},
 		{"go.uber.org/goleak", "for tests only"},
 		{"google.golang.org/grpc", "nothing here speaks it, and it would double the binary"},

@@ -66,7 +66,7 @@ func (g *gate) newAdmin() (warnings []*policy.Error, err error) {
 		c.API.Recent, c.API.Follow, c.API.Top, c.API.Series = a.ring.Recent, a.ring.Follow, a.tally.Top, a.sampler.Series
 	}
 	g.offerDiscovery(&c.API)
-	g.admin = admin.New(c)
+	g.admin = admin.New(withPages(c))
 	return warnings, nil
 }
 
