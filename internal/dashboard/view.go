@@ -344,7 +344,7 @@ func (d *dashboard) overview(w http.ResponseWriter, r *http.Request) {
 		Cursor                               string // the stream goes on from there
 	}{
 		Status: &st, Tiles: d.tiles(&st, time.Now()), Denied: d.topDenied(), DeniedSince: "of the newest decisions", Filter: f,
-		Blank: decision{Link: "/explain"}, Verdicts: verdicts, Groups: d.groups(), Listeners: []string{"dns", "proxy", "proxy_tls"},
+		Blank: decision{Link: "/explain"}, Verdicts: verdicts, Groups: d.groups(), Listeners: []string{"dns", "dns_tls", "dns_https", "proxy", "proxy_tls"},
 	}
 	if d.API.Discovery != nil {
 		v.DeniedSince = "since yesterday"
