@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/miekg/dns"
 
@@ -55,10 +56,12 @@ func benchmarkSlow(b *testing.B, name string) {
 
 // benchmarkFast answers as a reader of packets does, by a real policy, with an
 // Observer that is told a sample.
-func benchmarkFast(b *testing.B, name string, want policy.Verdict) {
+func benchmarkFast(b *testing.B, name string, want policy.Verdict, options ...dns.EDNS0) {
 	l := newLab(b, Config{Events: EventsSample})
 	l.s.cfg.Counter = countNothing{}
-	p, err := withEDNS(question(name, dns.TypeA)).Pack()
+	q := withEDNS(question(name, dns.TypeA))
+	q.IsEdns0().Option = options
+	p, err := q.Pack()
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -82,7 +85,10 @@ type sinkhole struct{}
 
 func (sinkhole) Observe(*event.Event) {}
 
-func BenchmarkCacheHit(b *testing.B)     { benchmarkFast(b, "www.cdn.test.", policy.Allow) }
+func BenchmarkCacheHit(b *testing.B) { benchmarkFast(b, "www.cdn.test.", policy.Allow) }
+func BenchmarkCacheHitCookie(b *testing.B) {
+	benchmarkFast(b, "www.cdn.test.", policy.Allow, &dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: "0102030405060708"})
+}
 func BenchmarkRefused(b *testing.B)      { benchmarkFast(b, "evil.test.", policy.Deny) }
 func BenchmarkCacheHitSlow(b *testing.B) { benchmarkSlow(b, "api.ok.test.") }
 func BenchmarkRefusedSlow(b *testing.B)  { benchmarkSlow(b, "evil.test.") }
@@ -94,5 +100,45 @@ func BenchmarkLookupNetIPHit(b *testing.B) {
 		if _, err := s.resolver.LookupNetIP(context.Background(), "ip4", "api.ok.test"); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// BenchmarkCacheHitLimited is BenchmarkCacheHit with every rate limited, and none reached.
+func BenchmarkCacheHitLimited(b *testing.B) {
+	l := newLab(b, Config{Limits: Limits{ResponsesPerSecond: maxRate, QueriesPerSecond: maxRate}})
+	l.s.cfg.Counter, l.s.cfg.Events = countNothing{}, EventsDenied
+	p, err := withEDNS(question("www.cdn.test.", dns.TypeA)).Pack()
+	if err != nil {
+		b.Fatal(err)
+	}
+	c := client{addr: benchClient, udp: true, back: new(sink)}
+	l.s.serve(context.Background(), c, p)
+	var o outcome
+	var buf [maxEDNSSize]byte
+	b.ReportAllocs()
+	for b.Loop() {
+		l.clock.advance(time.Millisecond)
+		now := l.clock.now()
+		if got, ok := l.quick.answer(buf[:0], p, c, now, &o); !ok || len(got) == 0 {
+			b.Fatal("not answered at once")
+		}
+		if o.held != nil {
+			b.Fatal(o.held)
+		}
+	}
+}
+
+// BenchmarkTunnelGuard looks at names that are asked for the first time.
+func BenchmarkTunnelGuard(b *testing.B) {
+	r := newResolver(b, Config{Decider: people, Upstreams: []string{"192.0.2.53"}, TunnelGuard: TunnelGuard{Mode: TunnelObserve}}, nil)
+	g, now := NewServer(r).tunnels, time.Now()
+	var names [1 << 12]policy.Name
+	for i := range names {
+		names[i] = policy.MustName(secret(i, 10) + ".cdn.test")
+	}
+	d := policy.Decision{Verdict: policy.Allow}
+	b.ReportAllocs()
+	for i := 0; b.Loop(); i++ {
+		g.refuses(names[i%len(names)], &d, benchClient.Addr(), now)
 	}
 }

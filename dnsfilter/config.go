@@ -1,6 +1,7 @@
 package dnsfilter
 
 import (
+	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -28,8 +29,9 @@ type WireDecider interface {
 
 // A Counter counts queries. CountQuery must neither block nor keep d.
 type Counter interface {
-	// CountQuery counts a query of a type, answered with rcode as d says.
-	CountQuery(d *policy.Decision, qtype uint16, rcode int)
+	// CountQuery counts a query of a type, answered with rcode as d says. listener is
+	// that of its Event: dns, dns_tls or dns_https.
+	CountQuery(listener string, d *policy.Decision, qtype uint16, rcode int)
 }
 
 // Config says how a Resolver and its Server behave. It is not changed after New.
@@ -42,6 +44,15 @@ type Config struct {
 	// Listen holds the addresses of the Server as ip:port or :port, each for UDP and
 	// TCP. Port 0 is any free port. Empty: the Server has no listeners.
 	Listen []string
+
+	// TLSListen and HTTPSListen hold the addresses where the Server speaks DNS over TLS
+	// (RFC 7858) and HTTPS (RFC 8484, path /dns-query), as Listen. They need Certificate,
+	// or SetCertificate before the first client.
+	TLSListen   []string
+	HTTPSListen []string
+	Certificate tls.Certificate
+
+	ProxyProtocol ProxyProtocol // on TCP, TLS and HTTPS
 
 	// Upstreams are asked in this order, those that failed lately last: ip, ip:port,
 	// udp://, tcp://, tls://host (port 853, RFC 7858) or https://host/path (RFC 8484).
@@ -78,6 +89,8 @@ type Config struct {
 	HTTPSRecords HTTPSRecords // what becomes of HTTPS and SVCB answers; "" is HTTPSStripECH
 	CNAMEs       CNAMEs       // whether alias targets are decided too; "" is CNAMEsTrust
 	Cache        Cache        // bounds of the cache
+	Limits       Limits       // of what one source can ask for, and have sent
+	TunnelGuard  TunnelGuard  // looks for data in the names asked for
 
 	// HealthName is answered to every source, of a group or not, without an upstream
 	// and whatever the policy says: A 127.0.0.1, AAAA ::1, TXT "ok". "": no name is.
@@ -94,6 +107,14 @@ type Config struct {
 
 	// Now is the clock for TTLs, decisions and events; nil is time.Now.
 	Now func() time.Time
+}
+
+// ProxyProtocol says who speaks for others. The zero value: nobody.
+type ProxyProtocol struct {
+	// Trusted are the peers, load balancers, that must begin every connection with a
+	// PROXY protocol header, version 1 or 2. Its source is then who asks, in every
+	// respect. Peers outside of them that send one are cut off.
+	Trusted []netip.Prefix
 }
 
 // A Zone is a name below which, and for which, other upstreams are asked.
@@ -199,6 +220,7 @@ func (c Config) withDefaults() Config {
 	if c.MaxUDPSize == 0 {
 		c.MaxUDPSize = defaultEDNSSize
 	}
+	c.Limits, c.TunnelGuard = c.Limits.withDefaults(), c.TunnelGuard.withDefaults()
 	if c.Now == nil {
 		c.Now = time.Now
 	}
@@ -216,9 +238,14 @@ func (refuseAll) Decide(policy.Request) policy.Decision {
 // Paths in messages are those of the settings file.
 func (c Config) check() error {
 	var errs []error
-	for i, l := range c.Listen {
-		if _, err := parseListen(l); err != nil {
-			errs = append(errs, fmt.Errorf("dns.listen[%d]: %w", i, err))
+	for _, list := range []struct {
+		key   string
+		addrs []string
+	}{{"listen", c.Listen}, {"tls_listen", c.TLSListen}, {"https_listen", c.HTTPSListen}} {
+		for i, l := range list.addrs {
+			if _, err := parseListen(l); err != nil {
+				errs = append(errs, fmt.Errorf("dns.%s[%d]: %w", list.key, i, err))
+			}
 		}
 	}
 	switch c.Events {
@@ -249,7 +276,7 @@ func (c Config) check() error {
 	if c.MaxUDPSize < minUDPSize || c.MaxUDPSize > maxEDNSSize {
 		errs = append(errs, fmt.Errorf("dns.edns_size: %d is not between %d and %d bytes", c.MaxUDPSize, minUDPSize, maxEDNSSize))
 	}
-	return errors.Join(append(errs, c.Cache.check())...)
+	return errors.Join(append(errs, c.Cache.check(), c.Limits.check(), c.TunnelGuard.check())...)
 }
 
 func (c Cache) check() error {

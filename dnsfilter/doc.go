@@ -8,7 +8,7 @@
 // cache serves everybody: it holds what the upstreams said, by name, type and the
 // DO and CD bits, and verdicts cannot leak through it. The proxy resolves through
 // the same Resolver in-process ([Resolver.LookupNetIP]) and decides names and
-// addresses itself. A [Server] puts UDP and TCP listeners before it.
+// addresses itself. A [Server] puts listeners for UDP, TCP, TLS and HTTPS before it.
 //
 // # What is decided
 //

@@ -47,3 +47,30 @@ func TestALackOfDescriptorsIsNotRemembered(t *testing.T) {
 		t.Errorf("LookupNetIP with descriptors again: %v, %v", addrs, err)
 	}
 }
+
+// hungry is an upstream whose name cannot be looked up for lack of descriptors, as
+// package net tells it.
+type hungry struct{ cannedHour }
+
+func (hungry) exchange(context.Context, *dns.Msg) (*dns.Msg, error) {
+	return nil, &net.OpError{Op: "dial", Net: "tcp", Err: &net.DNSError{
+		Err: "dial udp 192.0.2.1:53: socket: " + syscall.EMFILE.Error(), Name: "dns.test", IsTemporary: true}}
+}
+
+func TestALackOfDescriptorsForALookUpIsNobodysFault(t *testing.T) {
+	clock := newClock()
+	r := newResolver(t, Config{Decider: people, Upstreams: []string{"tls://dns.test"}, Now: clock.now}, nil)
+	u := &upstream{exchanger: new(hungry), text: "hungry"}
+	r.pool.ups.Store(&[]*upstream{u})
+	for range downAfter {
+		if _, err := r.LookupNetIP(context.Background(), "ip4", "api.ok.test"); err == nil {
+			t.Fatal("an answer")
+		}
+	}
+	if s := u.standing(clock.now()); s.down || !s.penalty.IsZero() || u.failed.Load() > 0 {
+		t.Error("the upstream is held to have failed")
+	}
+	if isExhausted(&net.DNSError{Err: "no such host", IsNotFound: true}) {
+		t.Error("a name that does not exist is a lack of descriptors")
+	}
+}

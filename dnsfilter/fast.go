@@ -28,13 +28,14 @@ type fast struct {
 func newFast(s *Server) *fast {
 	f := &fast{s: s}
 	f.wire, _ = s.cfg.Decider.(WireDecider)
-	f.ev.Kind, f.ev.Listener = event.DNS, "dns"
+	f.ev.Kind = event.DNS
 	return f
 }
 
 // An outcome is what is to be told of a query that a fast has answered.
 type outcome struct {
 	addr   netip.AddrPort
+	door   door
 	d      policy.Decision
 	qtype  uint16
 	rcode  int
@@ -42,32 +43,46 @@ type outcome struct {
 	tell   bool          // the Observer
 	asked  time.Duration // how long others were asked
 	name   int           // bytes of the name asked for in the packet
+	held   error         // why the answer did not go out as it was
 }
 
 // answer appends to dst the answer to packet and fills o, or returns false to leave
-// packet to Server.serve. It keeps neither. The client's way back is not used. Who reads
+// packet to Server.serve. It keeps neither. If it appends nothing, there is no answer, and
+// nothing left to observe. The client's way back is not used. Who reads
 // packets has the hosts file refreshed first, once for all of a batch.
 func (f *fast) answer(dst, packet []byte, c client, now time.Time, o *outcome) ([]byte, bool) {
 	s, q := f.s, &f.q
 	f.missed = false
-	if !q.Parse(packet) || isMeta(q.Type) || q.Type == dns.TypeANY {
+	plain := q.Parse(packet)
+	req := policy.Request{Source: c.addr.Addr(), Protocol: policy.ProtocolDNS, QType: q.Type, Time: now}
+	if s.tooMany(c, now) {
+		return f.shed(dst, plain, req, packet, c, now, o), true
+	}
+	if !plain || isMeta(q.Type) || q.Type == dns.TypeANY {
 		return dst, false
 	}
-	req := policy.Request{Source: c.addr.Addr(), Protocol: policy.ProtocolDNS, QType: q.Type, Time: now}
 	if _, own := s.recorded[string(q.Name.Bytes())]; own {
 		return dst, false
 	}
-	o.addr, o.qtype, o.packed, o.asked, o.name = c.addr, q.Type, nil, 0, len(q.Name.Bytes())
+	o.addr, o.door, o.qtype, o.packed, o.asked, o.name, o.held = c.addr, c.door, q.Type, nil, 0, len(q.Name.Bytes()), nil
 	o.d = f.decide(req)
 	start := len(dst)
 	var ok bool
 	if !o.d.Passes() {
-		dst = f.refuse(dst, o)
+		dst = f.refuse(dst, c, now, o)
 	} else if dst, ok = f.cached(dst, req, c, now, o); !ok {
-		return dst[:start], false
+		dst = dst[:start]
+		if !f.missed {
+			return dst, false
+		}
+		if s.tunnels == nil || !s.tunnels.refuses(q.Name.Name(), &o.d, c.addr.Addr(), now) {
+			return f.holdMissed(dst, packet, c, now, o)
+		}
+		o.d = o.d.Refuse(policy.ReasonLimitExceeded)
+		dst = f.refuse(dst, c, now, o)
 	}
 	o.tell = f.tells(o, now)
-	return dst, true
+	return f.hold(dst, start, packet, c, now, o), true
 }
 
 // tells reports whether the Observer is to be told of a query that has been answered.
@@ -91,8 +106,23 @@ func (f *fast) sampleKey() []byte {
 	return wire.AppendKey(f.q.AppendName(f.key[:0]), f.q.Type, false, false)
 }
 
+// appendOPT ends the answer that begins at start of dst with an OPT record, as message does.
+func (f *fast) appendOPT(dst []byte, start int, c client, now time.Time, ede uint16, text string) []byte {
+	opt := len(dst)
+	dst = f.q.AppendOPT(dst, start, uint16(f.s.cfg.MaxUDPSize), ede, text)
+	if f.q.Cookie != nil {
+		var made [cookieSize]byte
+		f.s.cookies.answer(&made, f.q.Cookie, c.addr.Addr(), now)
+		dst = wire.AppendOption(dst, opt, wire.OptionCookie, made[:])
+	}
+	if f.q.Padded && c.door.secret() {
+		dst = wire.AppendPadding(dst, start, opt, dns.MaxMsgSize)
+	}
+	return dst
+}
+
 // refuse appends the refusal that refusal would make.
-func (f *fast) refuse(dst []byte, o *outcome) []byte {
+func (f *fast) refuse(dst []byte, c client, now time.Time, o *outcome) []byte {
 	start := len(dst)
 	var sunk []byte
 	switch f.s.resolver.denialOf(wire.AppendText(f.text[:0], f.q.Name.Bytes()), o.d.Reason) {
@@ -121,10 +151,10 @@ func (f *fast) refuse(dst []byte, o *outcome) []byte {
 		return dst
 	}
 	ede := dns.ExtendedErrorCodeBlocked
-	if o.d.Reason == policy.ReasonUnmatchedSource {
+	if prohibits(o.d.Reason) {
 		ede = dns.ExtendedErrorCodeProhibited
 	}
-	return f.q.AppendOPT(dst, start, uint16(f.s.cfg.MaxUDPSize), ede, o.d.Reason.String())
+	return f.appendOPT(dst, start, c, now, ede, o.d.Reason.String())
 }
 
 // What a sinkhole answers.
@@ -140,7 +170,7 @@ func (f *fast) cached(dst []byte, req policy.Request, c client, now time.Time, o
 	s, q := f.s, &f.q
 	if q.Type == dns.TypeHTTPS || q.Type == dns.TypeSVCB {
 		if s.cfg.HTTPSRecords == HTTPSNodata {
-			return f.nodata(dst, o), true
+			return f.nodata(dst, c, now, o), true
 		}
 	}
 	if s.resolver.hosts.mayHave(q.Name.Bytes(), q.Type) {
@@ -175,6 +205,9 @@ func (f *fast) known(dst []byte, e *entry, p *packed, req policy.Request, c clie
 	if q.EDNS {
 		size += wire.OPTSize
 	}
+	if q.Cookie != nil {
+		size += cookieOptionSize
+	}
 	if size > limit && !c.udp {
 		return dst, false
 	}
@@ -186,7 +219,7 @@ func (f *fast) known(dst []byte, e *entry, p *packed, req policy.Request, c clie
 		wire.Age(dst[start:], p.ttls, e.age(now))
 	}
 	if q.EDNS {
-		dst = q.AppendOPT(dst, start, uint16(s.cfg.MaxUDPSize), 0, "")
+		dst = f.appendOPT(dst, start, c, now, 0, "")
 	}
 	return dst, true
 }
@@ -206,11 +239,11 @@ func (f *fast) allPass(req policy.Request, p *packed) bool {
 }
 
 // nodata appends an answer without records.
-func (f *fast) nodata(dst []byte, o *outcome) []byte {
+func (f *fast) nodata(dst []byte, c client, now time.Time, o *outcome) []byte {
 	start := len(dst)
 	o.rcode = dns.RcodeSuccess
 	if dst = f.q.AppendHeader(dst, o.rcode); f.q.EDNS {
-		dst = f.q.AppendOPT(dst, start, uint16(f.s.cfg.MaxUDPSize), 0, "")
+		dst = f.appendOPT(dst, start, c, now, 0, "")
 	}
 	return dst
 }
@@ -219,8 +252,11 @@ func (f *fast) nodata(dst []byte, o *outcome) []byte {
 // Observer of it.
 func (f *fast) observe(o *outcome, packet []byte, start, end time.Time, err error) {
 	s := f.s
+	if err == nil {
+		err = o.held
+	}
 	if s.cfg.Counter != nil {
-		s.cfg.Counter.CountQuery(&o.d, o.qtype, o.rcode)
+		s.cfg.Counter.CountQuery(o.door.String(), &o.d, o.qtype, o.rcode)
 	}
 	if !o.tell {
 		return
@@ -230,6 +266,7 @@ func (f *fast) observe(o *outcome, packet []byte, start, end time.Time, err erro
 	name := len(text)
 	both := string(s.appendID(text))
 	ev := &f.ev // whose other fields never change
+	ev.Listener = o.door.String()
 	ev.Time, ev.ID, ev.Source, ev.Name, ev.Decision = start, both[name:], o.addr, both[:name], o.d
 	ev.QType, ev.RCode, ev.Answers, ev.Error = typeName(o.qtype), rcodeNames[o.rcode&0xF], nil, ""
 	ev.DNSTime, ev.Duration = o.asked, end.Sub(start)

@@ -5,10 +5,12 @@ import (
 	"context"
 	"net"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/miekg/dns"
 
+	"sallyport/dnsfilter/wire"
 	"sallyport/policy"
 )
 
@@ -39,6 +41,20 @@ func FuzzServer(f *testing.F) {
 	q := withEDNS(withEDNS(question("api.ok.test.", dns.TypeA)))
 	q.IsEdns0().Option = []dns.EDNS0{&dns.EDNS0_SUBNET{Code: dns.EDNS0SUBNET, Family: 1, SourceNetmask: 24, Address: net.IPv4(198, 51, 100, 0)}}
 	seed(q)
+	for _, o := range []dns.EDNS0{
+		&dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: "0102030405060708"},
+		&dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: "010203040506070801000000695734a51f8130c3eee29480"},
+		&dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: "0102"},
+		&dns.EDNS0_PADDING{Padding: make([]byte, 50)},
+		&dns.EDNS0_TCP_KEEPALIVE{Code: dns.EDNS0TCPKEEPALIVE},
+		&dns.EDNS0_LOCAL{Code: 65001, Data: []byte("x")},
+	} {
+		for _, name := range []string{"api.ok.test.", "evil.test."} {
+			q := withEDNS(question(name, dns.TypeA))
+			q.IsEdns0().Option = []dns.EDNS0{o, &dns.EDNS0_PADDING{}}
+			seed(q)
+		}
+	}
 	f.Add([]byte{0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0xC0, 12, 0, 1, 0, 1})
 
 	r := newResolver(f, Config{Decider: people, Cache: Cache{Size: mib}, Upstreams: []string{"192.0.2.53"}, Now: newClock().now}, nil)
@@ -50,6 +66,9 @@ func FuzzServer(f *testing.F) {
 			return // no more is read
 		}
 		c := client{addr: netip.MustParseAddrPort(alice + ":1234"), udp: true}
+		if len(packet) > 0 && packet[0]&1 != 0 { // of the ID
+			c = client{addr: c.addr, door: doorTLS}
+		}
 		now := s.cfg.Now()
 		for range 2 { // the second time from the cache
 			got := new(answersTo)
@@ -60,6 +79,7 @@ func FuzzServer(f *testing.F) {
 			}
 			for _, p := range *got {
 				checkAnswer(t, packet, p)
+				checkOptions(t, packet, p, c.door)
 			}
 			var o outcome
 			if p, ok := quick.answer(nil, packet, c, now, &o); ok && (len(*got) != 1 || !bytes.Equal(p, (*got)[0])) {
@@ -88,6 +108,45 @@ func (o onlyListed) exchange(ctx context.Context, q *dns.Msg) (*dns.Msg, error) 
 	return canned{}.exchange(ctx, q)
 }
 func (onlyListed) close() {}
+
+// checkOptions holds the options of an answer against those of the packet that it answers.
+func checkOptions(t *testing.T, packet, answer []byte, d door) {
+	t.Helper()
+	q, m := new(dns.Msg), new(dns.Msg)
+	if q.Unpack(packet) != nil || q.IsEdns0() == nil || m.Unpack(answer) != nil || m.IsEdns0() == nil {
+		return // checkAnswer has seen to it
+	}
+	padded, cookie := false, []byte(nil)
+	for _, o := range q.IsEdns0().Option {
+		switch o := o.(type) {
+		case *dns.EDNS0_PADDING:
+			padded = true
+		case *dns.EDNS0_COOKIE:
+			if cookie == nil {
+				cookie = unhex(t, o.Cookie)
+			}
+		}
+	}
+	var options []uint16
+	for _, o := range m.IsEdns0().Option {
+		options = append(options, o.Option())
+		if c, ok := o.(*dns.EDNS0_COOKIE); ok && (len(cookie) < 8 || len(c.Cookie) != 2*cookieSize || !bytes.HasPrefix(unhex(t, c.Cookie), cookie[:8])) {
+			t.Fatalf("%x is answered with the cookie %s", packet, c.Cookie)
+		}
+	}
+	if has := slices.Contains(options, dns.EDNS0PADDING); has != (padded && d.secret()) || has && len(answer)%wire.PadBlock != 0 {
+		t.Fatalf("%x is answered with %d bytes and options %v over %s", packet, len(answer), options, d)
+	}
+	good := len(cookie) > 0 && validCookie(cookie)
+	if slices.Contains(options, dns.EDNS0COOKIE) != good {
+		t.Fatalf("%x is answered with options %v", packet, options)
+	}
+	for i, o := range options {
+		if slices.Contains(options[:i], o) || o != dns.EDNS0EDE && o != dns.EDNS0COOKIE && o != dns.EDNS0PADDING {
+			t.Fatalf("%x is answered with options %v", packet, options)
+		}
+	}
+}
 
 // checkAnswer holds an answer against the packet that it answers.
 func checkAnswer(t *testing.T, packet, answer []byte) {

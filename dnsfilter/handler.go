@@ -3,6 +3,7 @@ package dnsfilter
 import (
 	"context"
 	"encoding/binary"
+	"encoding/hex"
 	"net/netip"
 	"strconv"
 	"strings"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/miekg/dns"
 
+	"sallyport/dnsfilter/wire"
 	"sallyport/policy"
 	"sallyport/policy/event"
 )
@@ -28,13 +30,20 @@ type query struct {
 	q   dns.Question
 	opt *dns.OPT // nil without EDNS
 	client
+
+	cookie []byte // the query's; nil: it has none, or an impossible one
+	padded bool   // it has the padding option
+	bad    bool   // its cookie has an impossible length
 }
 
 // A client is who asked, and the way back.
 type client struct {
 	addr netip.AddrPort // neither mapped nor with a zone
 	udp  bool
-	back interface {
+	door door
+
+	counted bool // by Limits.ResponsesPerSecond
+	back    interface {
 		// send sends an answer, which it does not keep.
 		send(answer []byte) error
 	}
@@ -82,7 +91,7 @@ func (s *Server) serve(ctx context.Context, c client, packet []byte) {
 		m.Opcode, m.Rcode = opcode, rcode
 	}
 	m.Answer, m.Ns, m.Extra = nil, nil, nil
-	if p, err := m.Pack(); err == nil {
+	if p, err := m.Pack(); err == nil && s.sending(c, nil, kindError, s.cfg.Now()) != sendNothing {
 		_ = c.back.send(p) // there is nobody to tell
 	}
 }
@@ -109,7 +118,31 @@ func newQuery(c client, m *dns.Msg) *query {
 	if len(m.Question) == 1 {
 		qu.q = m.Question[0]
 	}
+	if qu.opt != nil {
+		qu.readOptions()
+	}
 	return qu
+}
+
+// readOptions reads the options of qu that matter here. All others are ignored, and
+// none is passed on.
+func (qu *query) readOptions() {
+	seen := false
+	for _, o := range qu.opt.Option {
+		switch o := o.(type) {
+		case *dns.EDNS0_PADDING:
+			qu.padded = true
+		case *dns.EDNS0_COOKIE:
+			if seen { // of several the first counts
+				continue
+			}
+			seen = true
+			got, err := hex.DecodeString(o.Cookie)
+			if qu.bad = err != nil || !validCookie(got); !qu.bad {
+				qu.cookie = got
+			}
+		}
+	}
 }
 
 // malformed returns why there is no question to answer, or RcodeSuccess.
@@ -127,6 +160,8 @@ func (qu *query) malformed() int {
 		return dns.RcodeFormatError
 	case opts == 1 && qu.opt.Version() != 0:
 		return badVersion
+	case qu.bad: // RFC 7873, section 5.2.2
+		return dns.RcodeFormatError
 	}
 	return dns.RcodeSuccess
 }
@@ -156,6 +191,10 @@ func (s *Server) answer(ctx context.Context, qu *query, now time.Time) (*reply, 
 		return minimalANY(qu.q.Name), d, 0
 	case s.cfg.HTTPSRecords == HTTPSNodata && (k.qtype == dns.TypeHTTPS || k.qtype == dns.TypeSVCB):
 		return &reply{local: true}, d, 0
+	}
+	if s.tunnels != nil && !s.resolver.cached(k, now) && s.tunnels.refuses(req.Name, &d, req.Source, now) {
+		d = d.Refuse(policy.ReasonLimitExceeded)
+		return refusal(DenyRefused, d, qu.q), d, 0
 	}
 	rep, err := s.resolver.resolve(ctx, k, s.inspector(req))
 	asked := s.cfg.Now().Sub(now)
@@ -226,7 +265,15 @@ var buffers = sync.Pool{New: func() any { return new([maxEDNSSize]byte) }}
 
 // write fits rep to the query and sends it.
 func (s *Server) write(qu *query, rep *reply) error {
+	held := s.sending(qu.client, qu.cookie, kindOf(rep.rcode, len(rep.answer) == 0), s.cfg.Now())
+	if held == sendNothing {
+		return errHeld
+	}
+	if held == sendTruncated {
+		rep = &reply{}
+	}
 	m := s.message(qu, rep)
+	m.Truncated = held == sendTruncated
 	buf := buffers.Get().(*[maxEDNSSize]byte)
 	defer buffers.Put(buf)
 	p, err := m.PackBuffer(buf[:])
@@ -239,13 +286,21 @@ func (s *Server) write(qu *query, rep *reply) error {
 		}
 		p, err = m.PackBuffer(buf[:])
 	}
+	if fill := wire.Padding(len(p), dns.MaxMsgSize); err == nil && qu.padded && qu.door.secret() && fill >= 0 {
+		opt := m.IsEdns0()
+		opt.Option = append(opt.Option, &dns.EDNS0_PADDING{Padding: make([]byte, fill)})
+		p, err = m.PackBuffer(buf[:])
+	}
 	if err == nil && len(m.Question) == 1 { // spelt as asked (0x20), and so are the names that point here
 		_, err = dns.PackDomainName(qu.q.Name, p, headerSize, nil, false)
 	}
 	if err != nil {
 		return err
 	}
-	return qu.back.send(p)
+	if err = qu.back.send(p); err == nil && held != sendWhole {
+		err = errHeld
+	}
+	return err
 }
 
 // limit returns how large the answer to qu may be, in bytes.
@@ -293,6 +348,11 @@ func (s *Server) message(qu *query, rep *reply) *dns.Msg {
 	if rep.ede != 0 {
 		opt.Option = []dns.EDNS0{&dns.EDNS0_EDE{InfoCode: rep.ede, ExtraText: rep.why}}
 	}
+	if qu.cookie != nil {
+		var made [cookieSize]byte
+		s.cookies.answer(&made, qu.cookie, qu.addr.Addr(), s.cfg.Now())
+		opt.Option = append(opt.Option, &dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: hex.EncodeToString(made[:])})
+	}
 	m.Extra = []dns.RR{opt}
 	return m
 }
@@ -300,13 +360,13 @@ func (s *Server) message(qu *query, rep *reply) *dns.Msg {
 // observe counts a query that is over, and tells the Observer of it.
 func (s *Server) observe(qu *query, rep *reply, d policy.Decision, start time.Time, asked time.Duration, err error) {
 	if s.cfg.Counter != nil {
-		s.cfg.Counter.CountQuery(&d, qu.q.Qtype, rep.rcode)
+		s.cfg.Counter.CountQuery(qu.door.String(), &d, qu.q.Qtype, rep.rcode)
 	}
 	if s.cfg.Observer == nil || !s.tells(qu, rep.rcode, &d, start) {
 		return
 	}
 	ev := event.Event{
-		Time: start, Kind: event.DNS, Listener: "dns", ID: string(s.appendID(nil)),
+		Time: start, Kind: event.DNS, Listener: qu.door.String(), ID: string(s.appendID(nil)),
 		Source: qu.addr, Name: qu.q.Name, Decision: d,
 		QType: dns.Type(qu.q.Qtype).String(), RCode: dns.RcodeToString[rep.rcode],
 		Answers: summary(rep.answer), DNSTime: asked, Duration: s.cfg.Now().Sub(start),

@@ -18,6 +18,7 @@ type listener struct {
 	net.Listener
 	conns *conns
 	down  <-chan struct{}
+	door  door
 }
 
 // Accept returns the next connection that is within the bounds, and closes the others.
@@ -28,7 +29,7 @@ func (l *listener) Accept() (net.Conn, error) {
 		case errors.Is(err, net.ErrClosed):
 			return nil, err
 		case err != nil:
-			if !l.pause() {
+			if !wait(acceptPause, l.down) {
 				return nil, net.ErrClosed
 			}
 		default:
@@ -40,20 +41,21 @@ func (l *listener) Accept() (net.Conn, error) {
 	}
 }
 
-// pause waits a moment and reports whether to go on.
-func (l *listener) pause() bool {
-	t := time.NewTimer(acceptPause)
+// wait waits for a while and reports whether to go on.
+func wait(d time.Duration, down <-chan struct{}) bool {
+	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
 	case <-t.C:
 		return true
-	case <-l.down:
+	case <-down:
 		return false
 	}
 }
 
-// conns are the open TCP connections.
+// conns are the open connections: those in clear, or those over TLS.
 type conns struct {
+	trusted []netip.Prefix // those who speak for others
 	refused *atomic.Uint64
 	known   func(source netip.Addr) bool // whether a group has it
 	full    func()                       // is told when others are turned away for those that are open
@@ -70,19 +72,44 @@ func (cs *conns) add(c net.Conn) *conn {
 	kept := &conn{Conn: c, conns: cs}
 	if a, ok := c.RemoteAddr().(*net.TCPAddr); ok {
 		kept.source = a.AddrPort().Addr().Unmap()
+		kept.peer = kept.source.WithZone("")
+		kept.client = netip.AddrPortFrom(kept.peer, a.AddrPort().Port())
 	}
 	limit := maxConns
-	if cs.count() >= maxConns/2 && !cs.known(kept.source.WithZone("")) {
+	switch kept.trusted = contains(cs.trusted, kept.peer); {
+	case kept.trusted:
+		kept.source = netip.Addr{} // of whoever it speaks for: adopt
+	case cs.count() >= maxConns/2 && !cs.known(kept.peer):
 		limit = maxConns / 2
 	}
 	if room, ok := cs.take(kept, limit); !ok {
-		cs.refused.Add(1)
-		if !room {
-			cs.full()
-		}
+		cs.refuse(room)
 		return nil
 	}
 	return kept
+}
+
+// adopt counts c, of a peer that speaks for others, as that of c.client. It reports
+// whether add would have taken one from there.
+func (cs *conns) adopt(c *conn) bool {
+	cs.remove(c)
+	c.source = c.client.Addr()
+	limit := maxConns
+	if cs.count() >= maxConns/2 && !cs.known(c.source) {
+		limit = maxConns / 2
+	}
+	room, ok := cs.take(c, limit)
+	if !ok {
+		cs.refuse(room)
+	}
+	return ok
+}
+
+func (cs *conns) refuse(room bool) {
+	cs.refused.Add(1)
+	if !room {
+		cs.full()
+	}
 }
 
 // take registers c if fewer than limit are open, and its source has not too many.
@@ -94,7 +121,9 @@ func (cs *conns) take(c *conn, limit int) (room, ok bool) {
 		return room, false
 	}
 	cs.open[c] = struct{}{}
-	cs.perSource[c.source]++
+	if c.source.IsValid() {
+		cs.perSource[c.source]++
+	}
 	return room, true
 }
 
@@ -111,6 +140,9 @@ func (cs *conns) remove(c *conn) {
 		return
 	}
 	delete(cs.open, c)
+	if !c.source.IsValid() {
+		return
+	}
 	if cs.perSource[c.source]--; cs.perSource[c.source] == 0 {
 		delete(cs.perSource, c.source)
 	}
@@ -132,8 +164,22 @@ func (cs *conns) each(f func(*conn)) {
 // A conn is a client's connection. A client that does not read loses it.
 type conn struct {
 	net.Conn
-	conns  *conns
-	source netip.Addr
+	conns   *conns
+	source  netip.Addr     // that it counts for; zero: for none
+	peer    netip.Addr     // the other end
+	trusted bool           // peer speaks for others
+	client  netip.AddrPort // who asks, neither mapped nor with a zone
+	early   []byte         // read already, and to be read again first
+	handed  atomic.Bool    // to net/http, which ends it
+}
+
+func (c *conn) Read(p []byte) (int, error) {
+	if len(c.early) > 0 {
+		n := copy(p, c.early)
+		c.early = c.early[n:]
+		return n, nil
+	}
+	return c.Conn.Read(p)
 }
 
 func (c *conn) Write(p []byte) (int, error) {

@@ -50,6 +50,9 @@ func TestUnknownSourcesLeaveHalfOfTheConnections(t *testing.T) {
 	if s.conns.add(fakeConn{nil, known}) == nil {
 		t.Error("a known source is refused though there is room")
 	}
+	if s.secureConns.add(fakeConn{nil, netip.MustParseAddr("203.0.113.1")}) == nil {
+		t.Error("what is open in clear takes the room of TLS")
+	}
 	if n := s.resolver.Stats().Dropped; n != 8*maxSourceConns+8*maxSourceConns-maxConns+8*maxSourceConns {
 		t.Errorf("Dropped = %d", n)
 	}

@@ -62,6 +62,9 @@ func (r *Resolver) denial(name policy.Name, d policy.Decision) Denial {
 
 // denialOf is denial for the text of a name, empty for none, and the reason.
 func (r *Resolver) denialOf(name []byte, reason policy.Reason) Denial {
+	if reason == policy.ReasonLimitExceeded {
+		return DenyRefused // nothing is said about the name
+	}
 	unlisted := reason == policy.ReasonNotListed
 	if len(name) == 0 || !unlisted && reason != policy.ReasonExplicitDeny {
 		return r.cfg.Deny

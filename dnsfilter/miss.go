@@ -3,9 +3,11 @@ package dnsfilter
 import (
 	"context"
 	"sync"
+	"time"
 
 	"github.com/miekg/dns"
 
+	"sallyport/dnsfilter/wire"
 	"sallyport/policy"
 )
 
@@ -19,10 +21,47 @@ type slowFast struct {
 // serveLater answers a packet that the fast path has left, which it does not keep.
 // missed says why, as fast has it.
 func (s *Server) serveLater(ctx context.Context, c client, packet []byte, missed bool) {
+	c.counted = missed
 	if missed && s.cfg.Cache.Size > 0 && s.fetch(ctx, c, packet) {
 		return
 	}
 	s.serve(ctx, c, packet)
+}
+
+// asking is a query that the fast path has left, parsed and decided once more.
+type asking struct {
+	client
+	packet []byte
+	start  time.Time
+	req    policy.Request
+	d      policy.Decision
+}
+
+// again parses and decides a plain query from c that came at start. It returns false
+// if it is for serve after all.
+func (f *fast) again(c client, packet []byte, start time.Time) (asking, bool) {
+	q := &f.q
+	if !q.Parse(packet) {
+		return asking{}, false
+	}
+	req := policy.Request{Source: c.addr.Addr(), Protocol: policy.ProtocolDNS, QType: q.Type, Time: start}
+	d := f.decide(req)
+	return asking{c, packet, start, req, d}, d.Passes() // or not, by a policy that has come since
+}
+
+// keyOf returns what q asks the upstreams.
+func keyOf(q *wire.Query) key { return key{name: q.Name.Name(), qtype: q.Type, do: q.DO, cd: q.CD} }
+
+// fresh appends the answer to a that e is, which upstreams have just given, and fills
+// o. It returns false if something in e has to change for a's source.
+func (f *fast) fresh(dst []byte, a *asking, e *entry, now time.Time, o *outcome) ([]byte, bool) {
+	q := &f.q
+	*o = outcome{addr: a.addr, door: a.door, d: a.d, qtype: q.Type, name: len(q.Name.Bytes()), asked: now.Sub(a.start)}
+	p, ok := f.known(dst, e, f.s.packedOf(q.Key(), q.Type, e), a.req, a.client, now, o)
+	if ok {
+		o.tell = f.tells(o, a.start)
+	}
+	return p, ok
 }
 
 // fetch answers a plain query that nothing was known of and that passed, from what
@@ -31,42 +70,47 @@ func (s *Server) serveLater(ctx context.Context, c client, packet []byte, missed
 func (s *Server) fetch(ctx context.Context, c client, packet []byte) bool {
 	f := s.idle.Get().(*slowFast)
 	defer s.idle.Put(f)
-	start, q := s.cfg.Now(), &f.q
-	if !q.Parse(packet) {
+	a, ok := f.again(c, packet, s.cfg.Now())
+	if !ok {
 		return false
 	}
-	req := policy.Request{Source: c.addr.Addr(), Protocol: policy.ProtocolDNS, QType: q.Type, Time: start}
-	d := f.decide(req)
-	if !d.Passes() { // by a policy that has come since
-		return false
-	}
-	k := key{name: q.Name.Name(), qtype: q.Type, do: q.DO, cd: q.CD}
-	e, err := s.resolver.fetch(ctx, k, nil)
-	if err != nil || !e.next.IsZero() {
+	e, err := s.resolver.fetch(ctx, keyOf(&f.q), nil)
+	return err == nil && s.settle(f, a, e)
+}
+
+// settleLater is fetch for a query that came at start, when e has been fetched.
+func (s *Server) settleLater(c client, packet []byte, start time.Time, e *entry) bool {
+	f := s.idle.Get().(*slowFast)
+	defer s.idle.Put(f)
+	a, ok := f.again(c, packet, start)
+	return ok && s.settle(f, a, e)
+}
+
+// settle answers a from e. It returns false if that is for serve after all.
+func (s *Server) settle(f *slowFast, a asking, e *entry) bool {
+	if !e.next.IsZero() {
 		return false
 	}
 	s.counts.misses.Add(1)
 	now := s.cfg.Now()
 	o := &f.outcome
-	*o = outcome{addr: c.addr, d: d, qtype: q.Type, name: len(q.Name.Bytes()), asked: now.Sub(start)}
-	if p, ok := f.known(f.buf[:0], e, s.packedOf(q.Key(), q.Type, e), req, c, now, o); ok {
-		err = c.back.send(p)
-		o.tell = f.tells(o, start)
-		f.observe(o, packet, start, now, err)
+	if p, ok := f.fresh(f.buf[:0], &a, e, now, o); ok {
+		err := a.back.send(p)
+		f.observe(o, a.packet, a.start, now, err)
 		return true
 	}
 	m := new(dns.Msg)
-	if m.Unpack(packet) != nil {
+	if m.Unpack(a.packet) != nil {
 		return false
 	}
-	qu := newQuery(c, m)
-	req.Name = k.name
-	rep, d := s.fit(e.reply(now, false), req, d, qu.q)
-	err = s.write(qu, rep)
+	qu := newQuery(a.client, m)
+	a.req.Name = f.q.Name.Name()
+	rep, d := s.fit(e.reply(now, false), a.req, a.d, qu.q)
+	err := s.write(qu, rep)
 	if rep.err != nil {
 		err = rep.err
 	}
-	s.observe(qu, rep, d, start, o.asked, err)
+	s.observe(qu, rep, d, a.start, o.asked, err)
 	return true
 }
 

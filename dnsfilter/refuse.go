@@ -17,7 +17,7 @@ const refusedTTL = 10
 // refusal returns the answer to a query that d denies, as denial says.
 func refusal(denial Denial, d policy.Decision, q dns.Question) *reply {
 	rep := &reply{local: true, ede: dns.ExtendedErrorCodeBlocked, why: d.Reason.String()}
-	if d.Reason == policy.ReasonUnmatchedSource {
+	if prohibits(d.Reason) {
 		rep.ede = dns.ExtendedErrorCodeProhibited
 	}
 	switch denial {
@@ -35,6 +35,12 @@ func refusal(denial Denial, d policy.Decision, q dns.Question) *reply {
 		rep.rcode = dns.RcodeRefused
 	}
 	return rep
+}
+
+// prohibits reports whether it is the source that is refused for reason, rather than
+// what it asks for.
+func prohibits(reason policy.Reason) bool {
+	return reason == policy.ReasonUnmatchedSource || reason == policy.ReasonLimitExceeded
 }
 
 // filter removes from rep what req's source may not have: the addresses that do

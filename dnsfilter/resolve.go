@@ -59,6 +59,8 @@ type timing struct{ try, total, staleWait, delay, probe time.Duration }
 // counts are the numbers behind Stats.
 type counts struct {
 	hits, misses, stale, coalesced, prefetched, sent, failed, dropped, malformed atomic.Uint64
+
+	answersDropped, answersTruncated, queriesDropped, queriesRefused, crowding, suspected, tunnelsRefused atomic.Uint64 // see Stats
 }
 
 // Stats are numbers since the start, but for CacheEntries, CacheBytes and InFlight.
@@ -78,14 +80,25 @@ type Stats struct {
 	Dropped          uint64 // queries and connections dropped because too many were under way
 	Malformed        uint64 // packets that are no query to answer: FORMERR, NOTIMP, BADVERS, or ignored
 
+	AnswersDropped   uint64 // over UDP, that Limits.ResponsesPerSecond kept back
+	AnswersTruncated uint64 // the same, sent empty instead
+	QueriesDropped   uint64 // beyond Limits.QueriesPerSecond, without an answer
+	QueriesRefused   uint64 // the same, answered
+	Crowding         uint64 // of Dropped: queries of sources that had their share of those under way. Over TCP they wait
+	TunnelSuspected  uint64 // new names that looked like a tunnel
+	TunnelRefused    uint64 // queries refused for that
+
 	Upstreams []UpstreamStats // those in use, of Config.Upstreams and then of each zone
 }
 
 // A flight is one question on its way to the upstreams, and all who wait for it.
 type flight struct {
-	begun time.Time
-	done  chan struct{}
-	entry *entry // set before done is closed
+	r       *Resolver
+	k       key
+	begun   time.Time
+	done    chan struct{}
+	entry   *entry    // set before done is closed
+	clients *udpQuery // that no goroutine waits for; guarded by Resolver.mu
 }
 
 // New returns a Resolver for c, or every mistake in c, each with its path in the
@@ -285,6 +298,9 @@ func (r *Resolver) Stats() Stats {
 		CacheEvictions: r.cache.evicted.Load(), Coalesced: c.coalesced.Load(),
 		UpstreamQueries: c.sent.Load(), UpstreamFailures: c.failed.Load(),
 		Dropped: c.dropped.Load(), Malformed: c.malformed.Load(), Prefetched: c.prefetched.Load(),
+		AnswersDropped: c.answersDropped.Load(), AnswersTruncated: c.answersTruncated.Load(),
+		QueriesDropped: c.queriesDropped.Load(), QueriesRefused: c.queriesRefused.Load(), Crowding: c.crowding.Load(),
+		TunnelSuspected: c.suspected.Load(), TunnelRefused: c.tunnelsRefused.Load(),
 	}
 	for _, p := range r.pools() {
 		for i, u := range *p.ups.Load() {
@@ -396,6 +412,12 @@ func (r *Resolver) known(k key) (rep *reply, stale *entry, retry bool) {
 	return fresh.reply(now, false), nil, false
 }
 
+// cached reports whether the answer to k is known.
+func (r *Resolver) cached(k key, now time.Time) bool {
+	e, _, _ := r.cache.get(k, now)
+	return e != nil
+}
+
 // recorded returns the answer to k if its name has records, else nil.
 func (r *Resolver) recorded(k key) *reply {
 	r.refreshHosts()
@@ -451,32 +473,51 @@ func (r *Resolver) join(k key) (*flight, error) {
 
 // launch starts a flight for k. The caller holds mu, and has seen that there is room.
 func (r *Resolver) launch(k key) *flight {
-	f := &flight{begun: time.Now(), done: make(chan struct{})}
-	r.flights[k] = f
-	r.flying.Go(func() { r.fly(k, f) })
+	f := r.newFlight(k)
+	begun := f.begun
+	r.flying.Go(func() { r.fly(f, begun, nil) })
 	return f
 }
 
-// fly asks the upstreams and remembers the answer.
-func (r *Resolver) fly(k key, f *flight) {
+// newFlight returns a flight for k that others can join. The caller holds mu.
+func (r *Resolver) newFlight(k key) *flight {
+	f := &flight{r: r, k: k, begun: time.Now(), done: make(chan struct{})}
+	r.flights[k] = f
+	return f
+}
+
+// fly asks the upstreams, with the time that is left since begun, and remembers the
+// answer. If tried is not nil, one of them has been asked already.
+func (r *Resolver) fly(f *flight, begun time.Time, tried *attempt) {
+	k := f.k
 	p := r.poolFor(k.name)
-	m, err := p.exchange(r.life, k.query())
+	m, err := p.exchange(r.life, k.query(), begun, tried)
 	if err == nil && p.zone != "" {
 		m.AuthenticatedData = false // a chain of trust to a zone of one's own is nobody's to vouch for
 	}
 	now := r.cfg.Now()
+	var e *entry
 	if err != nil {
-		f.entry = failedEntry(k, err, failureEDE(err), now)
+		e = failedEntry(k, err, failureEDE(err), now)
 	} else {
-		f.entry = newEntry(k, m, now, r.cfg.Cache)
+		e = newEntry(k, m, now, r.cfg.Cache)
 	}
 	if !isExhausted(err) { // for that may be over in a moment
-		r.cache.put(k, f.entry, now) // before the flight ends, so that nobody begins another
+		r.cache.put(k, e, now) // before the flight ends, so that nobody begins another
 	}
+	deliver(r.land(f, e), e)
+}
+
+// land ends f with e, which has been remembered. The caller answers the clients returned.
+func (r *Resolver) land(f *flight, e *entry) *udpQuery {
+	f.entry = e
 	r.mu.Lock()
-	delete(r.flights, k)
+	delete(r.flights, f.k)
+	clients := f.clients
+	f.clients = nil
 	r.mu.Unlock()
 	close(f.done)
+	return clients
 }
 
 // poolFor returns the upstreams of the longest zone that name is in, or the general ones.

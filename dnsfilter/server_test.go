@@ -374,7 +374,7 @@ func TestT51OptionsOfClientsStayHere(t *testing.T) {
 	if o := got.IsEdns0(); o == nil || len(o.Option) != 0 || !o.Do() || !got.CheckingDisabled || !got.RecursionDesired {
 		t.Errorf("upstream was asked %v", got)
 	}
-	if o := m.IsEdns0(); len(o.Option) != 0 || !o.Do() || !m.CheckingDisabled || !m.RecursionAvailable || m.Authoritative {
+	if o := m.IsEdns0(); len(o.Option) != 1 || o.Option[0].Option() != dns.EDNS0COOKIE || !o.Do() || !m.CheckingDisabled || !m.RecursionAvailable || m.Authoritative {
 		t.Errorf("answer = %v", m)
 	}
 	b.ask(t, alice, "udp", question("api.ok.test.", dns.TypeA)) // neither DO nor CD: another question

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/binary"
 	"net"
-	"net/netip"
 	"sync"
 	"time"
 )
@@ -15,8 +14,9 @@ const (
 	streamWrite  = 16 << 10 // bytes of answers after which they are sent, whatever else there is to read
 )
 
-// serveTCP answers the clients that l accepts until l is closed, and waits for them.
-func (s *Server) serveTCP(l *listener) error {
+// serveStream answers the clients that l accepts until l is closed, and waits for them,
+// but for those that net/http has taken.
+func (s *Server) serveStream(l *listener) error {
 	var serving sync.WaitGroup
 	defer serving.Wait()
 	for {
@@ -30,20 +30,44 @@ func (s *Server) serveTCP(l *listener) error {
 		if err != nil {
 			return err
 		}
-		serving.Go(func() { s.serveConn(c) })
+		serving.Go(func() { s.serveConn(c.(*conn), l.door) })
 	}
 }
 
-// serveConn answers the queries of c, which it closes in the end, in whatever order
-// their answers come (RFC 7766, section 6.2.1.1). It waits for those under way.
-func (s *Server) serveConn(c net.Conn) {
+// serveConn serves c, which came in by a door, until it is over or net/http has it.
+func (s *Server) serveConn(c *conn, d door) {
+	if !s.introduce(c) {
+		c.Close()
+		return
+	}
+	switch d {
+	case doorDNS:
+		s.serveQueries(c, c, d)
+	case doorTLS:
+		if t := s.handshake(c, s.dot); t != nil {
+			s.serveQueries(c, t, d)
+			return
+		}
+		c.Close()
+	case doorHTTPS:
+		if t := s.handshake(c, s.doh); t != nil {
+			s.web.take(c, t)
+			return
+		}
+		c.Close()
+	}
+}
+
+// serveQueries answers the queries that come over c, which lies on below and is closed
+// in the end, in whatever order their answers come (RFC 7766, section 6.2.1.1; RFC 7858, section
+// 3.3). It waits for those under way.
+func (s *Server) serveQueries(below *conn, c net.Conn, d door) {
 	defer c.Close()
 	t := &session{s: s, conn: c, fast: newFast(s), in: make([]byte, streamRead), slots: make(chan struct{}, maxPipelined)}
-	if a, ok := c.RemoteAddr().(*net.TCPAddr); ok {
-		ap := a.AddrPort()
-		t.client.addr = netip.AddrPortFrom(ap.Addr().Unmap().WithZone(""), ap.Port())
+	t.client = client{addr: below.client, door: d, back: t}
+	if t.idle = idleTimeout; d.secret() {
+		t.idle = idleSecure
 	}
-	t.client.back = t
 	t.run()
 	t.slow.Wait()
 }
@@ -59,7 +83,8 @@ type session struct {
 
 	in        []byte // read, and to be answered from next on
 	next, end int
-	asked     bool   // a query has come
+	asked     bool // a query has come
+	idle      time.Duration
 	waiting   bool   // the deadline for the next query is set
 	out       []byte // answers that have not been sent
 	now       time.Time
@@ -122,7 +147,7 @@ func (t *session) fill() bool {
 	if !t.waiting { // the time is for a whole query, however slowly it comes
 		wait := firstQuery
 		if t.asked {
-			wait = idleTimeout
+			wait = t.idle
 		}
 		t.waiting = true
 		if t.conn.SetReadDeadline(time.Now().Add(wait)) != nil || isClosed(t.s.down) {
@@ -132,6 +157,10 @@ func (t *session) fill() bool {
 	n, err := t.conn.Read(t.in[t.end:])
 	t.end += n
 	t.now = t.s.cfg.Now()
+	if !t.asked && isIntroduction(t.in[:t.end]) {
+		t.s.uninvited(t.client.addr.Addr())
+		return false
+	}
 	return n > 0 || err == nil
 }
 
@@ -142,16 +171,17 @@ func (t *session) serve(packet []byte) {
 	t.out = append(t.out, 0, 0)
 	t.s.resolver.refreshHosts()
 	if answered, ok := t.fast.answer(t.out, packet, t.client, t.now, &t.outcome); ok {
+		if len(answered) == start+2 {
+			t.out = t.out[:start]
+			return
+		}
 		t.out = answered
 		binary.BigEndian.PutUint16(t.out[start:], uint16(len(t.out)-start-2))
 		t.fast.observe(&t.outcome, packet, t.now, t.now, nil)
 		return
 	}
 	t.out = t.out[:start]
-	if len(packet) > streamRead || t.s.inFlight.Add(1) > maxInFlight {
-		if len(packet) <= streamRead {
-			t.s.inFlight.Add(-1)
-		}
+	if len(packet) > streamRead || !t.s.enter(t.client.addr.Addr()) {
 		t.flush() // an error shows again at the next one
 		t.s.serve(t.s.life, t.client, packet)
 		return
@@ -170,7 +200,7 @@ func (t *session) serve(packet []byte) {
 // serveSlow answers one query while others are read.
 func (t *session) serveSlow(ctx context.Context, packet []byte, missed bool) {
 	defer func() {
-		t.s.inFlight.Add(-1)
+		t.s.leave(t.client.addr.Addr())
 		<-t.slots
 	}()
 	t.s.serveLater(ctx, t.client, packet, missed)

@@ -166,9 +166,10 @@ func (c *stalled) Read(p []byte) (int, error) {
 	c.reads = c.reads[1:]
 	return n, nil
 }
-func (c *stalled) Write(p []byte) (int, error) { return len(p), nil }
-func (c *stalled) Close() error                { return nil }
-func (c *stalled) RemoteAddr() net.Addr        { return &net.TCPAddr{IP: net.ParseIP(alice), Port: 1} }
+func (c *stalled) SetWriteDeadline(time.Time) error { return nil }
+func (c *stalled) Write(p []byte) (int, error)      { return len(p), nil }
+func (c *stalled) Close() error                     { return nil }
+func (c *stalled) RemoteAddr() net.Addr             { return &net.TCPAddr{IP: net.ParseIP(alice), Port: 1} }
 
 // A query that comes byte by byte gets no more time than one that comes at once.
 func TestTCPDeadlinesAreForWholeQueries(t *testing.T) {
@@ -178,9 +179,14 @@ func TestTCPDeadlinesAreForWholeQueries(t *testing.T) {
 		c.reads = append(c.reads, []byte{b})
 	}
 	c.reads = append(c.reads, []byte{0}, []byte{40})
-	s.serveConn(c)
+	s.serveConn(s.conns.add(c), doorDNS)
 	if len(c.deadlines) != 2 || c.deadlines[0] != firstQuery || c.deadlines[1] != idleTimeout {
 		t.Errorf("deadlines %v", c.deadlines)
+	}
+	within := &stalled{reads: [][]byte{frame(t, question("evil.test.", dns.TypeA))}} // a TLS connection
+	s.serveQueries(s.secureConns.add(within), within, doorTLS)
+	if len(within.deadlines) != 2 || within.deadlines[0] != firstQuery || within.deadlines[1] != idleSecure {
+		t.Errorf("deadlines over TLS %v", within.deadlines)
 	}
 	if len(c.reads) != 0 {
 		t.Errorf("%d bytes are not read", len(c.reads))

@@ -35,6 +35,9 @@ type datagram struct {
 
 	slots   [udpSockets]slot
 	reading sync.WaitGroup
+
+	mu   sync.Mutex
+	open map[*socket]struct{} // those being read, of slots or not any more; guarded by mu
 }
 
 // slot holds the socket that takes the queries whose random choice it is.
@@ -48,8 +51,11 @@ type slot struct {
 // A socket is connected, so it hears only the address that is asked.
 type socket struct {
 	*net.UDPConn
+	raw     syscall.RawConn
 	born    time.Time
 	waiting waiters
+	timed   bool  // a deadline is set, for the queries that nobody waits for; guarded by waiting.mu
+	broken  error // why read ends
 }
 
 func (d *datagram) exchange(ctx context.Context, query *dns.Msg) (*dns.Msg, error) {
@@ -100,7 +106,7 @@ func (d *datagram) place(w *waiter) (*socket, error) {
 	if sl.closed {
 		return nil, net.ErrClosed
 	}
-	if s := sl.socket; s != nil && sl.uses < socketUses && time.Since(s.born) < socketAge && s.waiting.add(w) == nil {
+	if s := sl.socket; s != nil && sl.uses < socketUses && time.Since(s.born) < socketAge && s.add(w) == nil {
 		sl.uses++
 		return s, nil
 	}
@@ -108,30 +114,74 @@ func (d *datagram) place(w *waiter) (*socket, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &socket{UDPConn: c, born: time.Now(), waiting: waiters{ignored: d.ignored, byID: make(map[uint16]*waiter)}}
-	if err := s.waiting.add(w); err != nil {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		c.Close()
+		return nil, err
+	}
+	s := &socket{UDPConn: c, raw: raw, born: time.Now(), waiting: waiters{ignored: d.ignored, byID: make(map[uint16]*waiter)}}
+	if err := s.add(w); err != nil {
 		c.Close()
 		return nil, err // not with an empty table
 	}
 	sl.socket, sl.uses = s, 1
-	d.reading.Go(s.read)
+	d.mu.Lock()
+	if d.open == nil {
+		d.open = make(map[*socket]struct{})
+	}
+	d.open[s] = struct{}{}
+	d.mu.Unlock()
+	d.reading.Go(func() { d.run(s) })
 	return s, nil
 }
 
-// read hands out what comes until no query is under way.
-func (s *socket) read() {
-	defer s.Close()
-	var buf [maxEDNSSize]byte
-	for {
-		n, err := s.Read(buf[:])
-		if err != nil {
-			s.waiting.fail(err)
-			return
-		}
-		if s.waiting.deliver(buf[:n]) && s.waiting.end(errRetired) {
-			return
+// run reads s until that ends.
+func (d *datagram) run(s *socket) {
+	s.read()
+	d.mu.Lock()
+	delete(d.open, s)
+	d.mu.Unlock()
+}
+
+// add adds w to those that wait.
+func (s *socket) add(w *waiter) error {
+	flight, due := w.flight, w.due // for w may have ended by the time it has been added
+	if err := s.waiting.add(w); err != nil || flight == nil {
+		return err
+	}
+	s.waiting.mu.Lock()
+	defer s.waiting.mu.Unlock()
+	if !s.timed {
+		s.timed = true
+		s.SetReadDeadline(due) // fails on a closed socket only, where nobody waits
+	}
+	return nil
+}
+
+// expire ends the queries that nobody waits for and that have waited long enough, and
+// reports whether none is left of any kind: then no other comes.
+func (s *socket) expire(now time.Time) bool {
+	var over []*waiter
+	var next time.Time
+	ws := &s.waiting
+	ws.mu.Lock()
+	for id, w := range ws.byID {
+		switch {
+		case w.flight == nil:
+		case !now.Before(w.due):
+			delete(ws.byID, id)
+			over = append(over, w)
+		case next.IsZero() || w.due.Before(next):
+			next = w.due
 		}
 	}
+	s.timed = !next.IsZero()
+	s.SetReadDeadline(next) // as in add
+	ws.mu.Unlock()
+	for _, w := range over {
+		w.failed(context.DeadlineExceeded)
+	}
+	return ws.end(errRetired)
 }
 
 func (d *datagram) close() {
@@ -139,11 +189,13 @@ func (d *datagram) close() {
 		sl := &d.slots[i]
 		sl.mu.Lock()
 		sl.closed = true
-		if sl.socket != nil {
-			sl.socket.Close()
-		}
 		sl.mu.Unlock()
 	}
-	d.reading.Wait() // for queries under way as well, if any are left
+	d.mu.Lock()
+	for s := range d.open {
+		s.Close() // which ends the queries under way
+	}
+	d.mu.Unlock()
+	d.reading.Wait()
 	d.stream.close()
 }

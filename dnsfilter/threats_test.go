@@ -20,7 +20,7 @@ type tally struct {
 	all    int
 }
 
-func (c *tally) CountQuery(d *policy.Decision, qtype uint16, rcode int) {
+func (c *tally) CountQuery(_ string, d *policy.Decision, qtype uint16, rcode int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.counts == nil {

@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"sync"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -150,6 +151,7 @@ type udpReader struct {
 	u      *udpSocket
 	fast   *fast
 	failed error // of the socket
+	short  bool  // the kernel had no memory: it may have some in a moment
 
 	in, out     [batch]mmsghdr
 	inv         [batch][2]unix.Iovec
@@ -162,11 +164,13 @@ type udpReader struct {
 	long        [readSize]byte                    // a long query as a whole
 	written     [batch * maxEDNSSize]byte         // answers, one after the other
 	sent, ready int
+	up          forwarder
 }
 
 // serveUDP answers what comes in by u until the server shuts down.
 func (s *Server) serveUDP(u *udpSocket) error {
 	r := &udpReader{s: s, u: u, fast: newFast(s)}
+	r.up.init()
 	for i := range batch {
 		r.inv[i][0].Base, r.inv[i][1].Base = &r.read[i][0], &r.rest[i][0]
 		r.inv[i][0].SetLen(usualSize)
@@ -175,6 +179,12 @@ func (s *Server) serveUDP(u *udpSocket) error {
 		r.in[i].hdr.SetIovlen(2)
 		r.out[i].hdr.SetIovlen(1)
 	}
+	return r.run()
+}
+
+// run answers until the server shuts down or the socket fails.
+func (r *udpReader) run() error {
+	s, u := r.s, r.u
 	for {
 		err := u.raw.Read(r.receive)
 		if isClosed(s.down) {
@@ -182,6 +192,12 @@ func (s *Server) serveUDP(u *udpSocket) error {
 		}
 		if err == nil {
 			err = r.failed
+		}
+		if err == nil && r.short {
+			if r.short = false; !wait(acceptPause, s.down) {
+				return nil
+			}
+			continue
 		}
 		if err != nil {
 			return &net.OpError{Op: "read", Net: "udp", Addr: u.conn.LocalAddr(), Err: err}
@@ -209,7 +225,7 @@ func (r *udpReader) receive(fd uintptr) bool {
 		case unix.EINTR, unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH: // an earlier answer did not arrive
 			continue
 		default:
-			r.failed = os.NewSyscallError("recvmmsg", errno)
+			r.fail(errno)
 			return true
 		}
 		r.answer(fd, int(n))
@@ -219,6 +235,15 @@ func (r *udpReader) receive(fd uintptr) bool {
 		runtime.Gosched() // queries that take longer, and who writes the log, have their turn under load too
 	}
 	return true
+}
+
+// fail notes that reading failed: for the moment, or for good.
+func (r *udpReader) fail(errno syscall.Errno) {
+	if errno == unix.ENOMEM || errno == unix.ENOBUFS {
+		r.short = true
+		return
+	}
+	r.failed = os.NewSyscallError("recvmmsg", errno)
 }
 
 // answer answers the first n packets.
@@ -235,7 +260,10 @@ func (r *udpReader) answer(fd uintptr, n int) {
 		k := r.ready
 		p, ok := r.fast.answer(r.written[used:used:used+maxEDNSSize], packet, client{addr: m.addr(), udp: true}, now, &r.outcomes[k])
 		if !ok {
-			r.s.answerLater(r.u, m, packet, r.fast.missed)
+			r.miss(m, packet, now)
+			continue
+		}
+		if len(p) == 0 {
 			continue
 		}
 		r.outv[k].Base = &p[0]
@@ -248,6 +276,7 @@ func (r *udpReader) answer(fd uintptr, n int) {
 		r.ready++
 		used += len(p)
 	}
+	r.up.flush()
 	for r.sent = 0; r.sent < r.ready; {
 		first := r.sent
 		err := r.send(fd)
@@ -312,6 +341,10 @@ func (r *udpReader) sendLater() (n int, errno syscall.Errno, err error) {
 
 // A udpQuery is a query that takes longer, with the way back.
 type udpQuery struct {
+	s      *Server
+	next   *udpQuery // of those that wait for the same answer
+	entry  *entry    // that answer, once it is known
+	start  time.Time
 	u      *udpSocket
 	m      message
 	size   int
@@ -321,25 +354,43 @@ type udpQuery struct {
 
 var udpQueries = sync.Pool{New: func() any { return new(udpQuery) }}
 
-// answerLater has a copy of packet answered by another goroutine, or drops it if too
-// many are under way.
-func (s *Server) answerLater(u *udpSocket, m *message, packet []byte, missed bool) {
-	if s.inFlight.Add(1) > maxInFlight {
-		s.inFlight.Add(-1)
+// miss has a copy of packet, which the fast path has left, answered later, or drops it
+// if too many are under way. Every query over UDP that upstreams may be asked for comes
+// through here.
+func (r *udpReader) miss(m *message, packet []byte, now time.Time) {
+	s := r.s
+	if !s.enter(m.addr().Addr()) {
 		s.counts.dropped.Add(1)
 		return
 	}
 	q := udpQueries.Get().(*udpQuery)
-	q.u, q.m, q.size, q.missed = u, *m, copy(q.packet[:], packet), missed
+	q.s, q.next, q.entry, q.start = s, nil, nil, now
+	q.u, q.m, q.size, q.missed = r.u, *m, copy(q.packet[:], packet), r.fast.missed
 	s.slow.Add(1)
+	if q.missed && s.cfg.Cache.Size > 0 && r.up.forward(q, keyOf(&r.fast.q)) {
+		return
+	}
 	go s.answerUDP(q)
 }
 
+// answerUDP answers q, and is the end of it.
 func (s *Server) answerUDP(q *udpQuery) {
-	defer s.slow.Done()
-	defer s.inFlight.Add(-1)
-	s.serveLater(s.life, client{addr: q.m.addr(), udp: true, back: q}, q.packet[:q.size], q.missed)
+	c, packet := client{addr: q.m.addr(), udp: true, back: q, counted: q.missed}, q.packet[:q.size]
+	if e := q.entry; e == nil {
+		s.serveLater(s.life, c, packet, q.missed)
+	} else if !s.settleLater(c, packet, q.start, e) {
+		s.serve(s.life, c, packet)
+	}
+	q.done()
+}
+
+// done frees q, which has been answered.
+func (q *udpQuery) done() {
+	s, source := q.s, q.m.addr().Addr()
+	q.s, q.entry, q.u = nil, nil, nil
 	udpQueries.Put(q)
+	s.leave(source)
+	s.slow.Done()
 }
 
 // send implements the way back of a client.

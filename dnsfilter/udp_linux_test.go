@@ -2,6 +2,7 @@ package dnsfilter
 
 import (
 	"errors"
+	"net"
 	"syscall"
 	"testing"
 
@@ -58,5 +59,34 @@ func TestSendDoesNotMissThatThereIsRoom(t *testing.T) {
 	}
 	if err := r.send(uintptr(pair[0])); err != nil || r.sent != 2 {
 		t.Errorf("send() = %v after %d answers", err, r.sent)
+	}
+}
+
+// failing is a socket on which reading fails with one error after the other.
+type failing struct {
+	syscall.RawConn
+	r     *udpReader
+	errs  []syscall.Errno
+	reads int
+}
+
+func (f *failing) Read(func(uintptr) bool) error {
+	f.r.fail(f.errs[f.reads])
+	f.reads++
+	return nil
+}
+
+// The kernel's lack of memory is over in a moment: it does not end the resolver.
+func TestUDPSurvivesALackOfMemory(t *testing.T) {
+	c, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	s := NewServer(newResolver(t, Config{Upstreams: []string{"127.0.0.1:9"}}, nil))
+	raw := &failing{errs: []syscall.Errno{unix.ENOMEM, unix.ENOBUFS, unix.ENOMEM, unix.EBADF}}
+	raw.r = &udpReader{s: s, u: &udpSocket{conn: c, raw: raw}}
+	if err := raw.r.run(); !errors.Is(err, unix.EBADF) || raw.reads != 4 {
+		t.Errorf("run() = %v after %d reads", err, raw.reads)
 	}
 }

@@ -16,11 +16,16 @@ type udpSocket struct{ conn *net.UDPConn }
 
 // shareUDP returns the one socket of an address, first, which it takes ownership of.
 func shareUDP(first *net.UDPConn) ([]*udpSocket, error) {
+	u, err := newUDPSocket(first)
+	return []*udpSocket{u}, err
+}
+
+func newUDPSocket(c *net.UDPConn) (*udpSocket, error) {
 	// One of the two is for the other family, and where neither works answers may leave
 	// a host with several addresses by another than the one asked.
-	_ = ipv6.NewPacketConn(first).SetControlMessage(ipv6.FlagDst|ipv6.FlagInterface, true)
-	_ = ipv4.NewPacketConn(first).SetControlMessage(ipv4.FlagDst|ipv4.FlagInterface, true)
-	return []*udpSocket{{first}}, nil
+	_ = ipv6.NewPacketConn(c).SetControlMessage(ipv6.FlagDst|ipv6.FlagInterface, true)
+	_ = ipv4.NewPacketConn(c).SetControlMessage(ipv4.FlagDst|ipv4.FlagInterface, true)
+	return &udpSocket{c}, nil
 }
 
 // A udpQuery is a query with the way back.
@@ -50,12 +55,14 @@ func (s *Server) serveUDP(u *udpSocket) error {
 		var o outcome
 		now := s.cfg.Now()
 		if answer, ok := f.answer(written, buf[:n], client{addr: q.addr, udp: true}, now, &o); ok {
+			if len(answer) == 0 {
+				continue
+			}
 			err := q.send(answer)
 			f.observe(&o, buf[:n], now, s.cfg.Now(), err)
 			continue
 		}
-		if s.inFlight.Add(1) > maxInFlight {
-			s.inFlight.Add(-1)
+		if !s.enter(q.addr.Addr()) {
 			s.counts.dropped.Add(1)
 			continue
 		}
@@ -67,8 +74,31 @@ func (s *Server) serveUDP(u *udpSocket) error {
 
 func (s *Server) answerUDP(q *udpQuery) {
 	defer s.slow.Done()
-	defer s.inFlight.Add(-1)
+	defer s.leave(q.addr.Addr())
 	s.serveLater(s.life, client{addr: q.addr, udp: true, back: q}, q.packet, q.missed)
+}
+
+// deliver does nothing: every query has a goroutine.
+func deliver(*udpQuery, *entry) {}
+
+func (s *Server) newOutbox() any { return nil }
+
+func (s *Server) cutOff() {}
+
+// read hands out what comes until no query is under way.
+func (s *socket) read() {
+	defer s.Close()
+	var buf [maxEDNSSize]byte
+	for {
+		n, err := s.Read(buf[:])
+		if err != nil {
+			s.waiting.fail(err)
+			return
+		}
+		if s.waiting.deliver(buf[:n]) && s.waiting.end(errRetired) {
+			return
+		}
+	}
 }
 
 // send implements the way back of a client.

@@ -190,17 +190,37 @@ func (p *pool) order() []*upstream {
 	return sorted
 }
 
+// An attempt is an exchange with an upstream that is over, and what came of it.
+type attempt struct {
+	u         *upstream
+	m         *dns.Msg
+	err       error
+	truncated bool // the answer, so that TCP is left to try
+}
+
 // exchange asks one upstream after the other. An answer that says that the
 // upstream could not or would not find out is returned only if no other has a better
-// one. It takes timing.total at most.
-func (p *pool) exchange(ctx context.Context, query *dns.Msg) (*dns.Msg, error) {
+// one. It takes until timing.total after begun at most. If tried is not nil, it stands
+// for the first exchange with its upstream.
+func (p *pool) exchange(ctx context.Context, query *dns.Msg, begun time.Time, tried *attempt) (*dns.Msg, error) {
 	last := errNoUpstream
-	end := time.Now().Add(p.timing.total)
+	end := begun.Add(p.timing.total)
 	over := func() bool { return ctx.Err() != nil || !time.Now().Before(end) }
 	for range maxRounds {
 		var unable *dns.Msg
 		for _, u := range p.order() { // anew: those of the first round may have been replaced meanwhile
-			m, err := p.ask(ctx, u, query, min(p.timing.try, time.Until(end)))
+			var m *dns.Msg
+			var err error
+			switch within := min(p.timing.try, time.Until(end)); {
+			case tried == nil || tried.u != u:
+				m, err = p.ask(ctx, u, query, within)
+			case tried.truncated:
+				m, err = p.askStream(ctx, u, query, within)
+				tried = nil
+			default:
+				m, err = tried.m, tried.err
+				tried = nil
+			}
 			switch {
 			case err != nil:
 				last = fmt.Errorf("upstream %s: %w", u.text, err)
@@ -248,14 +268,30 @@ func (p *pool) ask(ctx context.Context, u *upstream, query *dns.Msg, within time
 	u.sent.Add(1)
 	begun := time.Now()
 	m, err := p.askPlain(try, u, query)
+	p.judge(ctx, u, err, time.Since(begun))
+	return m, err
+}
+
+// askStream is ask for a query that has been asked over UDP, with a truncated answer.
+func (p *pool) askStream(ctx context.Context, u *upstream, query *dns.Msg, within time.Duration) (*dns.Msg, error) {
+	try, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+	begun := time.Now()
+	m, err := u.exchanger.(*datagram).stream.exchange(try, query)
+	p.judge(ctx, u, err, time.Since(begun))
+	return m, err
+}
+
+// judge counts an exchange with u that took some time, and remembers how u fared.
+func (p *pool) judge(ctx context.Context, u *upstream, err error, took time.Duration) {
 	switch {
 	case err == nil:
-		p.answered(u, time.Since(begun))
+		p.answered(u, took)
 	case errors.Is(err, errMalformed): // it is there, and not slow
 		p.counts.failed.Add(1)
 		u.failed.Add(1)
-		p.answered(u, time.Since(begun))
-	case isExhausted(err): // which is nobody's fault but ours
+		p.answered(u, took)
+	case isExhausted(err), noRoom(err): // which is nobody's fault but ours
 		p.counts.failed.Add(1)
 	case ctx.Err() == nil: // or the caller's time was over, which says nothing about u
 		p.counts.failed.Add(1)
@@ -264,20 +300,23 @@ func (p *pool) ask(ctx context.Context, u *upstream, query *dns.Msg, within time
 			p.start(func(ctx context.Context) { p.revive(ctx, u) })
 		}
 	}
-	return m, err
 }
 
 // isExhausted reports whether err says that this process or the system has no
-// descriptors left.
+// descriptors left. Of a name that could not be looked up for that, package net keeps
+// the text alone.
 func isExhausted(err error) bool {
-	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
+	if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
+		return true
+	}
+	failed, ok := errors.AsType[*net.DNSError](err)
+	return ok && (strings.HasSuffix(failed.Err, syscall.EMFILE.Error()) || strings.HasSuffix(failed.Err, syscall.ENFILE.Error()))
 }
 
 // askPlain asks with EDNS and, if the server does not know it, without (RFC 6891,
 // section 7), which is remembered for a while.
 func (p *pool) askPlain(ctx context.Context, u *upstream, query *dns.Msg) (*dns.Msg, error) {
-	left := time.Duration(u.plain.Load() - p.now().UnixNano())
-	known := left > 0 && left <= plainFor // more is left only if the clock was set back
+	known := p.plainKnown(u)
 	if !known {
 		m, err := u.exchange(ctx, query)
 		if err != nil || m.Rcode != dns.RcodeFormatError || m.IsEdns0() != nil || query.IsEdns0() == nil {

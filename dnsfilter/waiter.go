@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/miekg/dns"
 )
@@ -29,8 +30,17 @@ type waiter struct {
 	exact  bool   // the answer must repeat the case of its name (0x20)
 	id     uint16
 	random [2 + 1 + 32]byte // an ID, the choice of a socket, letter case
-	answer chan answer      // has room for the one answer
+	answer chan answer      // has room for the one answer; not used with a flight
 	buf    [maxQuerySize]byte
+
+	// Of a query that nobody waits for: what its answer ends, which no goroutine does
+	// until then, and when it has waited long enough.
+	flight *flight
+	pool   *pool
+	up     *upstream
+	asked  time.Time
+	due    time.Time
+	copied []byte // a copy of packet, which gets the ID too
 }
 
 // answer is what became of a query: a packet that matches it, or an error.
@@ -120,7 +130,7 @@ func pack(buf []byte, query *dns.Msg) ([]byte, error) {
 
 // free returns w to the pool.
 func (w *waiter) free() {
-	w.packet = nil
+	w.packet, w.flight, w.pool, w.up, w.copied = nil, nil, nil, nil, nil
 	waiterPool.Put(w)
 }
 
@@ -151,7 +161,7 @@ func pad(p []byte) []byte {
 
 // unpack returns the message in p, which answers w.
 func (w *waiter) unpack(p []byte) (*dns.Msg, error) {
-	if w.exact { // spelt as it was before, and what is compressed with it
+	if w.exact && len(p) > headerSize { // or there is no question; spelt as it was before, and what is compressed with it
 		copy(p[headerSize:w.name], lowered(p[headerSize:w.name]))
 	}
 	m := new(dns.Msg)
@@ -226,6 +236,9 @@ func (ws *waiters) add(w *waiter) error {
 			ws.byID[id] = w
 			w.id = id
 			binary.BigEndian.PutUint16(w.packet, id)
+			if w.copied != nil {
+				binary.BigEndian.PutUint16(w.copied, id)
+			}
 			return nil
 		}
 		rand.Read(w.random[:2]) // never fails
@@ -237,6 +250,17 @@ func (ws *waiters) add(w *waiter) error {
 // deliver hands p to the query that it answers. What answers none is counted and
 // forgotten: whoever asked goes on waiting.
 func (ws *waiters) deliver(p []byte) bool {
+	w := ws.take(p)
+	if w == nil {
+		return false
+	}
+	w.answer <- answer{packet: append([]byte(nil), p...)}
+	return true
+}
+
+// take removes the query that p answers and returns it. Without one it counts p, and
+// returns nil.
+func (ws *waiters) take(p []byte) *waiter {
 	if len(p) >= headerSize {
 		id := binary.BigEndian.Uint16(p)
 		ws.mu.Lock()
@@ -244,13 +268,12 @@ func (ws *waiters) deliver(p []byte) bool {
 		if w != nil && w.answeredBy(p) {
 			delete(ws.byID, id)
 			ws.mu.Unlock()
-			w.answer <- answer{packet: append([]byte(nil), p...)}
-			return true
+			return w
 		}
 		ws.mu.Unlock()
 	}
 	ws.ignored.Add(1)
-	return false
+	return nil
 }
 
 // wait returns the answer to w, which has been added, or an error when ctx is done.
@@ -280,14 +303,22 @@ func (ws *waiters) remove(w *waiter) bool {
 
 // fail ends every query with err, and those that would be added.
 func (ws *waiters) fail(err error) {
+	var flights []*waiter
 	ws.mu.Lock()
-	defer ws.mu.Unlock()
 	if ws.err == nil {
 		ws.err = err
 	}
 	for id, w := range ws.byID {
 		delete(ws.byID, id)
+		if w.flight != nil {
+			flights = append(flights, w)
+			continue
+		}
 		w.answer <- answer{err: err}
+	}
+	ws.mu.Unlock()
+	for _, w := range flights {
+		w.failed(err)
 	}
 }
 

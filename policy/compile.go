@@ -16,6 +16,7 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
+	"unsafe"
 )
 
 // Options tell Compile what a Document alone cannot.
@@ -250,7 +251,7 @@ func (c *compiler) groupHead(i int) {
 	for j, u := range g.Users {
 		at := fmt.Sprintf("%s.users[%d]", path, j)
 		if !validUser(u) {
-			c.fail(at, "%q is no name of a user; use 1 to %d characters without spaces, colons and control characters", clip(u), maxUser)
+			c.fail(at, "%q is no name of a user; use 1 to %d characters without spaces, colons (but in a URI) and control characters", clip(u), maxUser)
 			continue
 		}
 		if old, dup := c.p.users[u]; dup {
@@ -268,8 +269,12 @@ func (c *compiler) groupHead(i int) {
 const maxUser = 255
 
 // validUser reports whether s can be the name of a user: what Basic credentials
-// (RFC 7617) and certificates can carry, and a log line can show unambiguously.
+// (RFC 7617) and certificates can carry, and a log line can show unambiguously. A
+// colon stands in the URI of a certificate alone, such as spiffe://corp.example/ci.
 func validUser(s string) bool {
+	if scheme, rest, ok := strings.Cut(s, "://"); ok && scheme != "" && rest != "" && len(s) <= maxUser {
+		s = scheme + strings.ReplaceAll(rest, ":", "")
+	}
 	if s == "" || len(s) > maxUser || !utf8.ValidString(s) {
 		return false
 	}
@@ -894,7 +899,7 @@ func (c *compiler) listFile(i int, path, name string, u *listUse, refs posting) 
 }
 
 // exactPattern is parsePattern for the words that make up nearly all of every
-// feed, plain lower-case names; it allocates nothing but the name.
+// feed, plain lower-case names. It allocates nothing: the name is word itself.
 func exactPattern(word []byte) (pattern, bool) {
 	if len(word) == 0 || word[0] == '.' || bytes.IndexByte(word, '*') >= 0 {
 		return pattern{}, false
@@ -904,7 +909,7 @@ func exactPattern(word []byte) (pattern, bool) {
 			return pattern{}, false
 		}
 	}
-	s := strings.TrimSuffix(string(word), ".")
+	s := strings.TrimSuffix(unsafe.String(&word[0], len(word)), ".")
 	if checkName(s) != nil {
 		return pattern{}, false
 	}

@@ -80,6 +80,11 @@ func (e *eval) decide(r *Request, n *WireName, d *Decision) {
 		return
 	}
 	e.g = &e.p.groups[i]
+	e.decideInGroup(r, n, d)
+}
+
+// decideInGroup is decide once the group is known.
+func (e *eval) decideInGroup(r *Request, n *WireName, d *Decision) {
 	d.Group, d.Mode = e.g.name, e.g.modeAt(r.Time)
 
 	switch {

@@ -43,6 +43,9 @@ func LoadFragments(fragments []Fragment, o Options) (*Policy, []*Error, error) {
 	all = append(all, conflicts...)
 	p, warnings, err := Compile(merged, o)
 	if len(all) == 0 {
+		if err == nil {
+			p.text = keepText(fragments)
+		}
 		return p, warnings, err
 	}
 	var more Errors

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"encoding/binary"
 	"errors"
-	"math"
 	"math/bits"
 	"math/rand/v2"
 	"slices"
@@ -96,7 +95,7 @@ type glob struct {
 
 // nameIndex finds every pattern that matches a name with one probe a label. It is
 // an open-addressing hash table over the fixed parts of all patterns of all rules,
-// which lie one after the other in arena. A record is
+// which lie one after the other in the chunks of the arena. A record is
 //
 //	exact posting (4) | below posting (4) | length (1) | "*." name
 //
@@ -107,7 +106,7 @@ type nameIndex struct {
 	seed  uint64
 	slots []slot
 	used  int
-	arena []byte
+	arena [][]byte          // each of chunkSize bytes at most; what grows is never copied as a whole
 	depth [128]uint64       // by number of labels: which six bits the hashes of fixed parts begin with; others need no probe
 	root  uint32            // offset of the record of the root, or 0
 	globs map[uint32][]glob // by offset of the record of the fixed part
@@ -115,12 +114,15 @@ type nameIndex struct {
 
 type slot struct {
 	hash uint32
-	off  uint32 // of the record in arena; 0: empty
+	off  uint32 // of the record: chunk of the arena and place in it; 0: empty
 }
 
 const (
 	recordHeader = 9 // bytes before "*."
 	minSlots     = 16
+	chunkBits    = 20 // of an offset: the place in a chunk
+	chunkSize    = 1 << chunkBits
+	maxChunks    = 1 << (32 - chunkBits)
 	// hashFactor is odd, with as many one bits as zero bits.
 	hashFactor = 0x9e3779b97f4a7c15
 )
@@ -130,7 +132,7 @@ var errIndexFull = errors.New("the names of this policy need more than 4 GiB")
 
 func newNameIndex() nameIndex {
 	// Offset 0 means "empty slot", so the arena begins with a byte of padding.
-	return nameIndex{seed: rand.Uint64(), slots: make([]slot, minSlots), arena: make([]byte, 1)}
+	return nameIndex{seed: rand.Uint64(), slots: make([]slot, minSlots), arena: [][]byte{make([]byte, 1)}}
 }
 
 // extend adds the label to the left of a name to the name's running hash. Labels
@@ -157,21 +159,24 @@ func fold(h uint64) uint64 {
 	return hi ^ lo
 }
 
-// record gives access to the record at off.
+// record returns the record at off, and what follows it in its chunk.
+func (x *nameIndex) record(off uint32) []byte {
+	return x.arena[off>>chunkBits][off&(chunkSize-1):]
+}
+
 func (x *nameIndex) exact(off uint32) posting {
-	return posting(binary.LittleEndian.Uint32(x.arena[off:]))
+	return posting(binary.LittleEndian.Uint32(x.record(off)))
 }
 
 func (x *nameIndex) below(off uint32) posting {
-	return posting(binary.LittleEndian.Uint32(x.arena[off+4:]))
+	return posting(binary.LittleEndian.Uint32(x.record(off)[4:]))
 }
 
 // text returns "*." and the name of the record at off, without copying: the arena
 // never changes once compiled.
 func (x *nameIndex) text(off uint32) string {
-	start := off + recordHeader
-	n := uint32(x.arena[off+8]) + 2
-	return unsafe.String(&x.arena[start], n)
+	r := x.record(off)
+	return unsafe.String(&r[recordHeader], int(r[8])+2)
 }
 
 // find returns the record of the fixed part name whose running hash is h, or 0.
@@ -206,15 +211,20 @@ func (x *nameIndex) insert(name string) (uint32, error) {
 	if off := x.find(name, h); off != 0 {
 		return off, nil
 	}
-	if uint64(len(x.arena)+recordHeader+2+len(name)) > math.MaxUint32 {
-		return 0, errIndexFull
+	last := len(x.arena) - 1
+	if len(x.arena[last])+recordHeader+2+len(name) > chunkSize {
+		if len(x.arena) == maxChunks {
+			return 0, errIndexFull
+		}
+		x.arena = append(x.arena, make([]byte, 0, chunkSize))
+		last++
 	}
 	if (x.used+1)*4 > len(x.slots)*3 {
 		x.grow()
 	}
-	off := uint32(len(x.arena))
-	x.arena = append(x.arena, 0, 0, 0, 0, 0, 0, 0, 0, byte(len(name)), '*', '.')
-	x.arena = append(x.arena, name...)
+	off := uint32(last<<chunkBits + len(x.arena[last]))
+	x.arena[last] = append(x.arena[last], 0, 0, 0, 0, 0, 0, 0, 0, byte(len(name)), '*', '.')
+	x.arena[last] = append(x.arena[last], name...)
 	if name == "" {
 		x.root = off
 	} else {
@@ -266,16 +276,19 @@ func (x *nameIndex) add(ps *postings, p pattern, refs posting) error {
 		return nil
 	}
 	if p.apex {
-		binary.LittleEndian.PutUint32(x.arena[off:], uint32(ps.union(x.exact(off), refs)))
+		binary.LittleEndian.PutUint32(x.record(off), uint32(ps.union(x.exact(off), refs)))
 	}
 	if p.below {
-		binary.LittleEndian.PutUint32(x.arena[off+4:], uint32(ps.union(x.below(off), refs)))
+		binary.LittleEndian.PutUint32(x.record(off)[4:], uint32(ps.union(x.below(off), refs)))
 	}
 	return nil
 }
 
 // seal gives back what growing left over.
-func (x *nameIndex) seal() { x.arena = slices.Clip(slices.Clone(x.arena)) }
+func (x *nameIndex) seal() {
+	last := len(x.arena) - 1
+	x.arena[last] = slices.Clip(slices.Clone(x.arena[last]))
+}
 
 // A hit is one pattern that matched.
 type hit struct {

@@ -75,9 +75,10 @@ type listedPattern struct {
 	pat  pattern
 }
 
-// noteListed keeps a pattern of list i for review.
+// noteListed keeps a copy of a pattern of list i for review.
 func (c *compiler) noteListed(i int, pos Pos, pat pattern) {
 	if len(c.review.listed) < maxReviewed && slices.ContainsFunc(c.uses[i].refs, func(r ref) bool { return !c.p.rules[r.rule].deny }) {
+		pat.base = strings.Clone(pat.base)
 		c.review.listed = append(c.review.listed, listedPattern{pos, i, pat})
 	}
 }

@@ -19,6 +19,7 @@ type Policy struct {
 	users     map[string]uint32   // index into groups; nil if no group lists any
 	unmatched int                 // group for sources without a prefix, or -1: deny
 	nameCount int
+	text      []keptText // what it was compiled from, for Document
 }
 
 // A group is a compiled Group.

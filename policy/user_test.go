@@ -11,7 +11,7 @@ func TestUsersChooseTheGroup(t *testing.T) {
 	p := mustLoad(t, `
 groups:
   - {name: net, sources: [10.0.0.0/8], allow: [net.test]}
-  - {name: bots, sources: [192.0.2.0/24], users: [deploy-bot, "CN=ops"], allow: [bot.test]}
+  - {name: bots, sources: [192.0.2.0/24], users: [deploy-bot, "CN=ops", "spiffe://corp.test:8443/ns/ci"], allow: [bot.test]}
   - {name: people, users: [anna@corp.test], mode: observe, observe_until: 2999-01-01}
 `)
 	if !p.HasUsers() {
@@ -21,6 +21,7 @@ groups:
 		{"10.1.2.3", "", "net"},
 		{"10.1.2.3", "deploy-bot", "bots"},
 		{"10.1.2.3", "CN=ops", "bots"},
+		{"203.0.113.1", "spiffe://corp.test:8443/ns/ci", "bots"},
 		{"203.0.113.1", "deploy-bot", "bots"}, // wherever the user comes from
 		{"192.0.2.1", "", "bots"},
 		{"192.0.2.1", "anna@corp.test", "people"},
@@ -48,6 +49,10 @@ func TestBadUsers(t *testing.T) {
 	for _, tt := range []struct{ users, want string }{
 		{`["a:b"]`, `"a:b" is no name of a user`},
 		{`["a b"]`, "no name of a user"},
+		{`["://a"]`, "no name of a user"},
+		{`["a://"]`, "no name of a user"},
+		{`["a:b://c"]`, "no name of a user"},
+		{`["spiffe://corp.test/a b"]`, "no name of a user"},
 		{`[""]`, "no name of a user"},
 		{`["a\u0001"]`, "invisible character"},
 		{`["` + strings.Repeat("a", 256) + `"]`, "use 1 to 255 characters"},

@@ -48,10 +48,15 @@ func (x *nameIndex) recordHits(name string, i int, off uint32, yield func(hit)) 
 // records calls yield for every fixed part, in the order in which they were added,
 // with what holds for it and below it. "" is the root.
 func (x *nameIndex) records(yield func(name string, exact, below posting)) {
-	for off := uint32(1); int(off) < len(x.arena); {
-		text := x.text(off)
-		yield(text[2:], x.exact(off), x.below(off))
-		off += recordHeader + uint32(len(text))
+	at := 1
+	for i, chunk := range x.arena {
+		for at < len(chunk) {
+			off := uint32(i<<chunkBits + at)
+			text := x.text(off)
+			yield(text[2:], x.exact(off), x.below(off))
+			at += recordHeader + len(text)
+		}
+		at = 0
 	}
 }
 

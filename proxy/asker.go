@@ -10,7 +10,7 @@ import (
 
 	"sallyport/policy"
 	"sallyport/policy/event"
-	"sallyport/proxy/proxyproto"
+	"sallyport/proxyproto"
 )
 
 // An asker is who asks: the client, as the connection's peer or as a load balancer

@@ -105,7 +105,11 @@ func (c *connect) open(h *head) (net.Conn, *refusal) {
 	if r := c.ask(h); r != nil {
 		return nil, r
 	}
-	conn, t, r := c.s.reach(c.s.life, c.request, c.decision, string(h.via))
+	client := c.client
+	if len(c.early) > 0 {
+		client = nil // it has said what it wanted to say, and may close that side
+	}
+	conn, t, r := c.s.reachFor(client, c.request, c.decision, string(h.via))
 	c.ev.DNSTime, c.ev.ConnTime, c.ev.Parent = t.dnsTime, t.connTime, t.parent
 	if r != nil {
 		return nil, r
@@ -412,7 +416,7 @@ func (c *connect) answer(r *refusal) *answer {
 // finish emits the event of a CONNECT that became no tunnel.
 func (c *connect) finish(d policy.Decision, err error) {
 	c.release()
-	c.ev.Decision = d
+	c.ev.Decision, c.ev.Protocol = d, c.request.Protocol
 	note(&c.ev, err)
 	c.s.observe(&c.ev)
 }

@@ -55,7 +55,7 @@ func TestConnectTLS(t *testing.T) {
 			if d := ev.Decision; d.Verdict != policy.Allow || d.Reason != policy.ReasonMatched || d.Rule != "r" || d.Group != "g" {
 				t.Errorf("decision %+v", d)
 			}
-			if ev.Kind != event.Connect || ev.Method != "CONNECT" || ev.Name != "api.ok.test" || int(ev.Port) != o.port() || ev.Status != 200 ||
+			if ev.Kind != event.Connect || ev.Protocol != policy.ProtocolTLS || ev.Method != "CONNECT" || ev.Name != "api.ok.test" || int(ev.Port) != o.port() || ev.Status != 200 ||
 				ev.SNI != "api.ok.test" || fmt.Sprint(ev.ALPN) != "[h2 http/1.1]" || ev.TLSVersion != tls.VersionTLS13 || ev.JA4 == "" || !ev.PostQuantum ||
 				ev.Destination != o.addr || ev.BytesUp < 300 || ev.BytesDown < 500 || ev.Error != "" || ev.ID == "" || ev.Duration <= 0 {
 				t.Errorf("event %+v", ev)

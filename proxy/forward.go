@@ -167,6 +167,7 @@ func (s *Server) newExchange(c *clientConn, w http.ResponseWriter, r *http.Reque
 	ex.method = r.Method
 	ex.ev.Method = clip(r.Method)
 	ex.ev.UserAgent = clip(r.UserAgent())
+	ex.ev.Path = pathOf(r.RequestURI)
 	ex.json = wantsJSON(r.Header.Get("Accept"))
 	if r.ContentLength != 0 {
 		ex.body = &countingBody{ReadCloser: r.Body, n: &ex.up, more: ex.totalUp()}
@@ -181,6 +182,22 @@ func (s *Server) newExchange(c *clientConn, w http.ResponseWriter, r *http.Reque
 		http.NewResponseController(w).EnableFullDuplex()
 	}
 	return ex
+}
+
+// pathOf returns the path of a request target, in absolute form or not, with the ? of
+// a query but not the query, which may hold secrets. It shares target's memory.
+func pathOf(target string) string {
+	if _, rest, ok := strings.Cut(target, "://"); ok && target[0] != '/' {
+		i := strings.IndexAny(rest, "/?")
+		if i < 0 {
+			return ""
+		}
+		target = rest[i:]
+	}
+	if i := strings.IndexByte(target, '?'); i >= 0 {
+		target = target[:i+1]
+	}
+	return target
 }
 
 // finish emits the event. A response that broke off must not look whole: the
@@ -200,6 +217,7 @@ func (ex *exchange) finish(r *http.Request) {
 		ex.judgeEnd(crash != nil)
 		ex.ev.Decision = ex.decision
 		ex.ev.BytesUp, ex.ev.BytesDown = ex.up.Load(), ex.down.Load()
+		ex.ev.Aborted = crash != nil || ex.broken != nil
 		note(&ex.ev, ex.broken)
 		ex.s.observe(&ex.ev)
 	}
@@ -483,6 +501,7 @@ func (ex *exchange) receive(resp *http.Response) {
 	stripHopByHop(resp.Header)
 	addVia(resp.Header, resp.ProtoMajor, resp.ProtoMinor)
 	ex.length = resp.ContentLength
+	ex.ev.ContentType = resp.Header.Get("Content-Type")
 	ex.answer.ReadCloser, ex.answer.n, ex.answer.more, ex.answer.failed = resp.Body, &ex.down, ex.totalDown(), &ex.broken
 	resp.Body = &ex.answer
 }

@@ -182,7 +182,7 @@ func TestT15EachRequest(t *testing.T) {
 	if got := o.got(t); got != "early bird" {
 		t.Errorf("%q", got)
 	}
-	if ev := g.next(); ev.Kind != event.Connect || ev.Name != "ssh.ok.test" || ev.Decision.Rule != "s" || ev.BytesUp != 10 {
+	if ev := g.next(); ev.Kind != event.Connect || ev.Protocol != policy.ProtocolTCP || ev.Name != "ssh.ok.test" || ev.Decision.Rule != "s" || ev.BytesUp != 10 {
 		t.Errorf("%+v", ev)
 	}
 	c = g.dial()
@@ -418,5 +418,14 @@ func TestClientLeaves(t *testing.T) {
 	}
 	if ev := g.next(); ev.Decision.Verdict != policy.Allow || ev.Error == "" || ev.Status != 0 {
 		t.Errorf("%+v", ev)
+	}
+}
+func TestPathOf(t *testing.T) {
+	for target, want := range map[string]string{
+		"http://a.test:80/x/y?q=secret": "/x/y?", "http://a.test": "", "http://a.test?q": "?", "/x?u=http://b.test/": "/x?", "/http://b/c": "/http://b/c", "*": "*", "": "",
+	} {
+		if got := pathOf(target); got != want {
+			t.Errorf("pathOf(%q) = %q, want %q", target, got, want)
+		}
 	}
 }

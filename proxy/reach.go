@@ -29,6 +29,23 @@ type trip struct {
 func (s *Server) reach(ctx context.Context, req policy.Request, d policy.Decision, via string) (net.Conn, trip, *refusal) {
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.Timeouts.Connect)
 	defer cancel()
+	return s.reachIn(ctx, req, d, via)
+}
+
+// reachFor is reach for a CONNECT of client, and ends too when that goes away.
+func (s *Server) reachFor(client net.Conn, req policy.Request, d policy.Decision, via string) (net.Conn, trip, *refusal) {
+	ctx, cancel := context.WithTimeout(s.life, s.cfg.Timeouts.Connect)
+	defer cancel()
+	f := watch(client, cancel)
+	conn, t, r := s.reachIn(ctx, req, d, via)
+	if f.stop() && r != nil {
+		r.err = errLeftDialling
+	}
+	return conn, t, r
+}
+
+// reachIn is reach within ctx.
+func (s *Server) reachIn(ctx context.Context, req policy.Request, d policy.Decision, via string) (net.Conn, trip, *refusal) {
 	t := trip{decision: d, request: req, via: via}
 	w := s.wayOf(d.Group)
 	addrs := []netip.Addr{req.Address.Unmap()}

@@ -190,11 +190,15 @@ func (a *answer) fields(set func(key, value string)) {
 	if a.status == http.StatusProxyAuthRequired {
 		set("Proxy-Authenticate", a.challenge)
 	}
-	if a.asJSON {
-		set("Content-Type", "application/json")
-	} else {
-		set("Content-Type", "text/plain; charset=utf-8")
+	set("Content-Type", answerType(a.asJSON))
+}
+
+// answerType is the media type of an answer's body.
+func answerType(asJSON bool) string {
+	if asJSON {
+		return "application/json"
 	}
+	return "text/plain; charset=utf-8"
 }
 
 // body returns the page for the client: who asked for what, why it was refused,

@@ -126,6 +126,11 @@ type Stats struct {
 	AcceptErrors uint64 // failed accepts since the start
 	AcceptPauses uint64 // how often accepting paused since then, after a failure or for lack of descriptors
 	Panics       uint64 // connections closed because of a mistake in this program
+
+	// Handshakes are the TLS handshakes of clients that failed since the start, by
+	// cause, a closed set; nil without TLS listeners.
+	Handshakes        map[string]uint64
+	CertificateExpiry time.Time // of the TLS listeners' certificate; zero without
 }
 
 // A Server is the proxy. Listen, then Serve; Shutdown or the end of Serve's
@@ -147,6 +152,7 @@ type Server struct {
 	hurried     atomic.Int64 // connections that these two refuse, at the moment
 	descriptors *descriptors
 
+	inherited struct{ plain, secure []net.Listener } // for Listen
 	lanes     []*lane
 	laneWG    sync.WaitGroup // goroutines of lanes
 	listeners []net.Listener
@@ -244,8 +250,8 @@ func (s *Server) Listen() error {
 	// MPTCP, which Go would use where it can, cannot be spliced.
 	lc := listenConfig()
 	lc.SetMultipathTCP(false)
-	for _, a := range s.cfg.Listen {
-		l, err := lc.Listen(context.Background(), "tcp", a)
+	for i, a := range s.cfg.Listen {
+		l, err := s.listen(lc, a, s.inherited.plain, i)
 		if err != nil {
 			s.closeListeners()
 			return err // which names the address
@@ -253,8 +259,8 @@ func (s *Server) Listen() error {
 		s.listeners = append(s.listeners, l)
 		s.addrs = append(s.addrs, addrPort(l.Addr()))
 	}
-	for _, a := range s.cfg.TLS.Listen {
-		l, err := lc.Listen(context.Background(), "tcp", a)
+	for i, a := range s.cfg.TLS.Listen {
+		l, err := s.listen(lc, a, s.inherited.secure, i)
 		if err != nil {
 			s.closeListeners()
 			return err
@@ -265,6 +271,21 @@ func (s *Server) Listen() error {
 	s.Guard(s.addrs...)
 	s.Guard(s.secure.addrs...)
 	return nil
+}
+
+// Inherit has Listen use sockets that somebody else has bound: plain ones instead of binding
+// the addresses of Config.Listen, secure ones instead of those of Config.TLS.Listen, of the
+// same number. The Server closes them. Call it before Listen.
+func (s *Server) Inherit(plain, secure []net.Listener) {
+	s.inherited.plain, s.inherited.secure = plain, secure
+}
+
+// listen returns what is inherited as number i, or else binds addr.
+func (s *Server) listen(lc *net.ListenConfig, addr string, inherited []net.Listener, i int) (net.Listener, error) {
+	if i < len(inherited) {
+		return inherited[i], nil
+	}
+	return lc.Listen(context.Background(), "tcp", addr)
 }
 
 // Guard keeps requests away from addrs, further listeners of this process, whatever
@@ -464,11 +485,13 @@ func (s *Server) Stats() Stats {
 	s.mu.Lock()
 	pending := len(s.pending) + s.inLanes()
 	s.mu.Unlock()
-	return Stats{
+	st := Stats{
 		Connections: n + pending + int(s.httpConns.Load()), Tunnels: n,
 		BytesUp: up + s.httpUp.Load(), BytesDown: down + s.httpDown.Load(),
 		AcceptErrors: s.acceptErrors.Load(), AcceptPauses: s.descriptors.pauses.Load(), Panics: s.panics.Load(),
 	}
+	s.secure.stats(&st)
+	return st
 }
 
 // newEvent starts the record of a request.
@@ -495,6 +518,7 @@ func note(ev *event.Event, err error) {
 
 // answer returns what the client of ev is told of r.
 func (s *Server) answer(r *refusal, ev *event.Event, asJSON bool) *answer {
+	ev.ContentType = answerType(asJSON)
 	return &answer{
 		refusal: r, id: ev.ID, help: s.cfg.HelpURL,
 		source: ev.Source.Addr(), name: ev.Name, port: ev.Port, asJSON: asJSON,

@@ -51,7 +51,7 @@ func TestT11Session(t *testing.T) {
 			t.Errorf("%+v", s)
 		}
 		c.Close()
-		if ev := g.next(); ev.Kind != event.Connect || ev.Decision.Verdict != policy.Allow || ev.Status != 200 || ev.BytesUp != 2 || ev.BytesDown == 0 {
+		if ev := g.next(); ev.Kind != event.Connect || ev.Protocol != policy.ProtocolHTTP || ev.Decision.Verdict != policy.Allow || ev.Status != 200 || ev.BytesUp != 2 || ev.BytesDown == 0 {
 			t.Errorf("%+v", ev)
 		}
 	}

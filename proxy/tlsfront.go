@@ -7,13 +7,14 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"sallyport/policy/event"
 	"sallyport/proxy/htpasswd"
-	"sallyport/proxy/proxyproto"
+	"sallyport/proxyproto"
 )
 
 // UserFrom says which part of a client's certificate names its user.
@@ -23,6 +24,7 @@ type UserFrom string
 const (
 	UserFromSAN UserFrom = "san" // the first mail address, or else the first DNS name, of subjectAltName
 	UserFromCN  UserFrom = "cn"  // the subject's common name
+	UserFromURI UserFrom = "uri" // the first URI of subjectAltName, such as a SPIFFE ID
 )
 
 // TLS says how clients reach the proxy over TLS, with HTTP/1.1 or HTTP/2. Without
@@ -44,6 +46,9 @@ type TLSIdentity struct {
 	UserFrom      UserFrom // "": UserFromSAN
 }
 
+// maxUserURI bounds a URI that names a user, in bytes, as policies do.
+const maxUserURI = 255
+
 // listenerTLS is Event.Listener of what came over TLS.
 const listenerTLS = "proxy_tls"
 
@@ -55,6 +60,7 @@ type secure struct {
 	addrs     []netip.AddrPort // of listeners
 	identity  atomic.Pointer[identity]
 	http2     http2Server
+	failed    handshakes
 }
 
 // identity is TLSIdentity in force.
@@ -221,6 +227,7 @@ func (s *Server) handshake(p *pending) *tls.Conn {
 	id := s.secure.identity.Load()
 	c := tls.Server(below, id.config)
 	if err := c.HandshakeContext(s.life); err != nil {
+		s.handshakeFailed(source, start, err)
 		header, notTLS := errors.AsType[tls.RecordHeaderError](err)
 		switch {
 		case notTLS && proxyproto.Starts(header.RecordHeader[:]):
@@ -250,6 +257,16 @@ func userOf(cert *x509.Certificate, from UserFrom) (string, error) {
 	switch {
 	case from == UserFromCN:
 		name = cert.Subject.CommonName
+	case from == UserFromURI:
+		if len(cert.URIs) == 0 {
+			break
+		}
+		// With its colons, which no name of a password's user has: nobody else can be it.
+		name = cert.URIs[0].String()
+		if scheme, rest, ok := strings.Cut(name, "://"); !ok || !htpasswd.ValidUser(scheme+strings.ReplaceAll(rest, ":", "")) || rest == "" || len(name) > maxUserURI {
+			return "", errors.New("the URI in the client's certificate is not the name of a user")
+		}
+		return name, nil
 	case len(cert.EmailAddresses) > 0:
 		name = cert.EmailAddresses[0]
 	case len(cert.DNSNames) > 0:

@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -72,6 +73,14 @@ func (a *signer) sign(t testing.TB, edit func(*x509.Certificate)) tls.Certificat
 
 func forUser(name string) func(*x509.Certificate) {
 	return func(c *x509.Certificate) { c.DNSNames = []string{name} }
+}
+
+func withURI(text string) func(*x509.Certificate) {
+	u, err := url.Parse(text)
+	if err != nil {
+		panic(err)
+	}
+	return func(c *x509.Certificate) { c.URIs = []*url.URL{u} }
 }
 
 // withTLS gives the Server a TLS listener with the tests' certificate.
@@ -321,7 +330,7 @@ func TestSlowHandshake(t *testing.T) {
 func TestClientCertificates(t *testing.T) {
 	o := listen(t, "127.0.0.1:0")
 	a, strangers := newSigner(t), newSigner(t)
-	text := strings.Replace(userPolicy(o, nowhere), "users: [anna,", `users: [anna, deploy.bot, "anna@corp.test",`, 1)
+	text := strings.Replace(userPolicy(o, nowhere), "users: [anna,", `users: [anna, deploy.bot, "anna@corp.test", "spiffe://corp.test/ns/ci",`, 1)
 	named := func(edit func(*x509.Certificate)) []tls.Certificate { return []tls.Certificate{a.sign(t, edit)} }
 	for _, tt := range []struct {
 		name    string
@@ -341,6 +350,11 @@ func TestClientCertificates(t *testing.T) {
 			func(c *Config) { c.TLS.UserFrom = UserFromCN }, "", 200, "anna", ""},
 		{"not a name", named(func(c *x509.Certificate) { c.Subject.CommonName = "a b\x00" }),
 			func(c *Config) { c.TLS.UserFrom = UserFromCN }, "", 407, "", "not the name of a user"},
+		{"URI", named(withURI("spiffe://corp.test/ns/ci")), func(c *Config) { c.TLS.UserFrom = UserFromURI }, "", 200, "spiffe://corp.test/ns/ci", ""},
+		{"URI that is not asked for", named(withURI("spiffe://corp.test/ns/ci")), nil, "", 407, "", "names no user"},
+		{"no URI", named(forUser("anna")), func(c *Config) { c.TLS.UserFrom = UserFromURI }, "", 407, "", "names no user"},
+		{"not a SPIFFE ID", named(withURI("urn:anna")), func(c *Config) { c.TLS.UserFrom = UserFromURI }, "", 407, "", "not the name of a user"},
+		{"a URI that is too long", named(withURI("spiffe://corp.test/" + strings.Repeat("x", 255))), func(c *Config) { c.TLS.UserFrom = UserFromURI }, "", 407, "", "not the name of a user"},
 		{"unlisted", named(forUser("x")), nil, "", 403, "x", ""},
 		{"none", nil, nil, "", 407, "", ""},
 		{"none, required", nil, func(c *Config) { c.TLS.RequireClient = true }, "", 0, "", ""},
@@ -356,6 +370,8 @@ func TestClientCertificates(t *testing.T) {
 		{"and a wrong password", named(forUser("anna")), nil, basic("anna", theSecret), 407, "", "wrong password for user anna"},
 		{"and another user", named(forUser("deploy.bot")), nil, basic("anna", theSecret+"anna"), 407, "", "the certificate is of user deploy.bot, the password of user anna"},
 		{"without users password is ignored", named(forUser("deploy.bot")), func(c *Config) { c.Auth.Users = nil }, basic("anna", theSecret), 200, "deploy.bot", ""},
+		{"required without users", named(forUser("deploy.bot")), func(c *Config) { c.Auth.Users, c.Auth.Required = nil, true }, "", 200, "deploy.bot", ""},
+		{"none, required without users", nil, func(c *Config) { c.Auth.Users, c.Auth.Required = nil, true }, basic("anna", theSecret+"anna"), 407, "", ""},
 		{"without users nobody is asked", nil, func(c *Config) { c.Auth.Users = nil }, "", 403, "", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

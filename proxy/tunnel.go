@@ -30,7 +30,7 @@ type tunnel struct {
 	place    *place       // among the tunnels, of its own; nil: none
 	then     func()       // called after the end, unless nil
 
-	revoked atomic.Pointer[policy.Decision] // what a later policy said
+	revoked atomic.Pointer[policy.Decision] // what a later policy said, or byOperator
 	passage atomic.Pointer[passage]         // that relays its bytes, without client and upstream; nil: a goroutine does
 }
 
@@ -95,9 +95,12 @@ func describe(r relay.Result) string {
 // end takes t out of the registry and emits its event.
 func (t *tunnel) end(problem string) {
 	t.s.tunnels.remove(t)
-	if d := t.revoked.Load(); d != nil {
+	if d := t.revoked.Load(); d == byOperator {
+		t.ev.Error = closedByOperator
+	} else if d != nil {
 		t.ev.Decision = d.Refuse(policy.ReasonPolicyRevoked)
 	}
+	t.ev.Protocol = t.request.Protocol
 	t.ev.BytesUp, t.ev.BytesDown = t.up.Load(), t.down.Load()
 	if t.ev.Error == "" {
 		t.ev.Error = problem

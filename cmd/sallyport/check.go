@@ -73,6 +73,8 @@ func inspect(o *options, strict bool) *checkReport {
 	r.source, r.settings = settings.Policy.Source, settings.File
 	r.policy, r.warnings, r.err = newSource(settings).load()
 	r.addIdentity(settings.Proxy)
+	r.addDNSIdentity(settings.DNS)
+	r.addAdmin(settings.Admin)
 	r.addSettings(settings.File, dnsfilter.Check(dnsConfig(settings.DNS)))
 	_, err = newRoutes(&settings.Proxy)
 	r.addSettings(settings.File, err)
@@ -194,9 +196,5 @@ func (s source) load() (*policy.Policy, []*policy.Error, error) {
 		}
 		return p, warnings, err
 	}
-	d, err := policy.ParseDocument("the embedded policy", configs.Policy)
-	if err != nil {
-		return nil, nil, err
-	}
-	return policy.Compile(d, policy.Options{})
+	return policy.Load("the embedded policy", configs.Policy, policy.Options{})
 }

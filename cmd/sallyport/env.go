@@ -24,6 +24,8 @@ func newEnv(o *options) *cobra.Command {
 		Short: "Print the environment that makes clients use the proxy",
 		Long: "Print the environment that makes clients use the proxy: http_proxy, https_proxy and\n" +
 			"no_proxy, in both spellings: programs look for either.\n\n" +
+			"With proxy.tls_listen alone the proxy's URL begins with https://; clients verify its\n" +
+			"certificate, so that --address is to be a name in it.\n\n" +
 			"Not through the proxy go localhost, 127.0.0.1, ::1 and what proxy.pac.direct lists.\n" +
 			"Addresses of cloud metadata services do not stand in no_proxy: with them every\n" +
 			"program would ask past the gate for credentials of the machine. Where that is\n" +
@@ -40,7 +42,11 @@ func newEnv(o *options) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			to, err := proxyAddress(address, s.Proxy.Listen)
+			scheme, listen := "http://", s.Proxy.Listen
+			if len(listen) == 0 && len(s.Proxy.TLSListen) > 0 { // clients can speak TLS alone
+				scheme, listen = "https://", s.Proxy.TLSListen
+			}
+			to, err := proxyAddress(address, listen)
 			if err != nil {
 				return usageError(err)
 			}
@@ -48,7 +54,7 @@ func newEnv(o *options) *cobra.Command {
 			if err != nil {
 				return usageError(err)
 			}
-			return write(cmd.OutOrStdout(), environment("http://"+to, without))
+			return write(cmd.OutOrStdout(), environment(scheme+to, without))
 		},
 	}
 	f := cmd.Flags()

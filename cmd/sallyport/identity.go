@@ -35,13 +35,15 @@ func loadUsers(s config.Auth) (*htpasswd.File, error) {
 // certificates are the files of proxy.tls as they were read.
 type certificates struct {
 	proxy.TLSIdentity
-	sum  [sha256.Size]byte // of all files
-	leaf *x509.Certificate // nil: no certificate is set
+	sum     [sha256.Size]byte // of all files
+	leaf    *x509.Certificate // nil: no certificate is set
+	section string            // of the settings: proxy.tls or dns.tls
 }
 
-// loadCertificates reads the certificates that the settings name. Its error is a
-// policy.Errors.
-func loadCertificates(s config.TLS) (c certificates, err error) {
+// loadCertificates reads the certificates that a section of the settings names. Its
+// error is a policy.Errors.
+func loadCertificates(section string, s config.TLS) (c certificates, err error) {
+	c.section = section
 	var mistakes policy.Errors
 	sum := sha256.New()
 	read := func(key, name string) []byte {
@@ -62,15 +64,15 @@ func loadCertificates(s config.TLS) (c certificates, err error) {
 		sum.Write(data)
 		return data
 	}
-	cert, key := read("proxy.tls.certificate", s.Certificate), read("proxy.tls.key", s.Key)
-	authorities := read("proxy.tls.client_ca", s.ClientCA)
+	cert, key := read(section+".certificate", s.Certificate), read(section+".key", s.Key)
+	authorities := read(section+".client_ca", s.ClientCA)
 	if len(mistakes) > 0 {
 		return c, mistakes
 	}
 	if s.Certificate != "" && s.Key != "" {
 		if c.Certificate, err = tls.X509KeyPair(cert, key); err != nil {
 			mistakes = append(mistakes, &policy.Error{
-				Pos: policy.Pos{File: s.Certificate}, Path: "proxy.tls.certificate",
+				Pos: policy.Pos{File: s.Certificate}, Path: section + ".certificate",
 				Err: fmt.Errorf("with the key %s: %w; write a PEM certificate with its chain, and its own key", s.Key, err),
 			})
 		} else {
@@ -81,7 +83,7 @@ func loadCertificates(s config.TLS) (c certificates, err error) {
 		c.ClientCAs = x509.NewCertPool()
 		if !c.ClientCAs.AppendCertsFromPEM(authorities) {
 			mistakes = append(mistakes, &policy.Error{
-				Pos: policy.Pos{File: s.ClientCA}, Path: "proxy.tls.client_ca",
+				Pos: policy.Pos{File: s.ClientCA}, Path: section + ".client_ca",
 				Err: errors.New("holds no certificate; write the authorities in PEM"),
 			})
 		}
@@ -103,7 +105,7 @@ func (c *certificates) warning(file string, now time.Time) *policy.Error {
 		return nil
 	}
 	return &policy.Error{
-		Pos: policy.Pos{File: file}, Path: "proxy.tls.certificate",
+		Pos: policy.Pos{File: file}, Path: c.section + ".certificate",
 		Err: fmt.Errorf("the certificate is valid from %s to %s only; clients will refuse it",
 			c.leaf.NotBefore.UTC().Format(time.DateOnly), c.leaf.NotAfter.UTC().Format(time.DateOnly)),
 	}
@@ -114,7 +116,7 @@ func (c *certificates) warning(file string, now time.Time) *policy.Error {
 func (r *checkReport) addIdentity(s config.Proxy) {
 	_, err := loadUsers(s.Auth)
 	r.addMistakes(err)
-	c, err := loadCertificates(s.TLS)
+	c, err := loadCertificates("proxy.tls", s.TLS)
 	r.addMistakes(err)
 	if w := c.warning(s.TLS.Certificate, time.Now()); w != nil {
 		r.warnings = append(r.warnings, w)
@@ -155,7 +157,14 @@ func (g *gate) reloadUsers() error {
 
 // reloadCertificates puts the certificates in force as the files have them now.
 func (g *gate) reloadCertificates() error {
-	c, err := loadCertificates(g.settings.Proxy.TLS)
+	return errors.Join(g.reloadProxyCertificates(), g.reloadDNSCertificate())
+}
+
+func (g *gate) reloadProxyCertificates() error {
+	if g.certificates.leaf == nil {
+		return nil
+	}
+	c, err := loadCertificates("proxy.tls", g.settings.Proxy.TLS)
 	if err != nil || c.sum == g.certificates.sum {
 		return err
 	}
@@ -172,12 +181,15 @@ func (g *gate) identityFiles() (files []string) {
 	if len(g.settings.Proxy.TLSListen) > 0 {
 		all = append(all, t.Certificate, t.Key, t.ClientCA)
 	}
+	if d := g.settings.DNS; isEncrypted(d) {
+		all = append(all, d.TLS.Certificate, d.TLS.Key)
+	}
 	for _, f := range all {
 		if f != "" {
 			files = append(files, f)
 		}
 	}
-	return files
+	return append(files, g.adminFiles()...)
 }
 
 // watchIdentity asks for a reload when one of the files has changed, and has stayed

@@ -90,7 +90,7 @@ func newRoot() *cobra.Command {
 	flags.StringVar(&o.policy, "policy", "", "policy file (policy.yaml); as --set policy.source=FILE")
 	flags.StringVar(&o.level, "log-level", "", "debug, info, warn or error; as --set log.level=LEVEL")
 	flags.StringArrayVar(&o.set, "set", nil, "any setting, such as --set proxy.listen=:3128 (repeatable)")
-	root.AddCommand(newRun(&o), newCheck(&o), newExplain(&o), newTest(&o), newDiff(), newEnv(&o), newSchema(), newVersion())
+	root.AddCommand(newRun(&o), newCheck(&o), newExplain(&o), newTest(&o), newDiff(), newReplay(&o), newEnv(&o), newDoctor(), newSchema(), newTop(), newVersion(), newLearn(&o), newReport(&o))
 	return root
 }
 

@@ -28,23 +28,32 @@ func request(c chan<- struct{}) {
 func (g *gate) reloader(ctx context.Context) {
 	for {
 		var err error
+		var tell chan<- admin.Outcome
 		select {
 		case <-ctx.Done():
 			return
 		case <-g.hangup:
 			err = g.attempt("settings", g.reloadSettings)
+		case tell = <-g.adminState.asked:
+			err = g.attempt("settings", g.reloadSettings)
 		case <-g.changed:
+		}
+		if len(g.adminFiles()) > 0 {
+			err = errors.Join(err, g.attempt("admin", g.reloadAdmin))
 		}
 		if g.users != nil {
 			err = errors.Join(err, g.attempt("users", g.reloadUsers))
 		}
-		if g.certificates.leaf != nil {
+		if g.certificates.leaf != nil || g.dnsCertificate.leaf != nil {
 			err = errors.Join(err, g.attempt("certificates", g.reloadCertificates))
 		}
 		err = errors.Join(err, g.attempt("policy", g.reloadPolicy))
 		now := time.Now()
 		g.metrics.SetReload(err == nil, now)
 		g.status.reloaded(g.store.Revision(), err, now)
+		if tell != nil {
+			tell <- reloadOutcome(g.store.Revision(), err, now)
+		}
 	}
 }
 
@@ -71,6 +80,9 @@ func (g *gate) reloadSettings() error {
 	if err != nil {
 		return err
 	}
+	if err := g.sockets.apply(&s); err != nil {
+		return err
+	}
 	if rest := g.settings.RestartOnly(s); len(rest) > 0 {
 		g.logger.Warn().Strs("settings", rest).Msg("these settings change at the next start only")
 	}
@@ -87,7 +99,10 @@ func (g *gate) reloadSettings() error {
 
 // reloadPolicy compiles the policy anew and puts it in force, or keeps the old one.
 func (g *gate) reloadPolicy() error {
-	p, warnings, err := g.source.load()
+	var p *policy.Policy
+	var warnings []*policy.Error
+	var err error
+	inBackground(func() { p, warnings, err = g.source.load() })
 	if err != nil {
 		return err
 	}
@@ -98,8 +113,10 @@ func (g *gate) reloadPolicy() error {
 		g.store.Swap(p)
 	}
 	g.status.fellBack(false) // whatever else may be wrong
-	g.keep()
-	tidy(p)
+	inBackground(func() {
+		g.keep()
+		tidy(p)
+	})
 	return nil
 }
 
@@ -221,7 +238,8 @@ func (g *gate) readiness(ctx context.Context) admin.Status {
 	st := admin.Status{Draining: g.status.draining, Policy: g.status.policy, Listeners: map[string]bool{}}
 	listening := g.status.up && !g.status.draining
 	g.status.mu.Unlock()
-	for name, addrs := range map[string][]string{"proxy": g.settings.Proxy.Listen, "proxy_tls": g.settings.Proxy.TLSListen, "dns": g.settings.DNS.Listen} {
+	for name, addrs := range map[string][]string{"proxy": g.settings.Proxy.Listen, "proxy_tls": g.settings.Proxy.TLSListen,
+		"dns": g.settings.DNS.Listen, "dns_tls": g.settings.DNS.TLSListen, "dns_https": g.settings.DNS.HTTPSListen} {
 		if len(addrs) > 0 {
 			st.Listeners[name] = listening
 		}

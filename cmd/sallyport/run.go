@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -17,6 +18,7 @@ import (
 	"sallyport/dnsfilter"
 	"sallyport/internal/admin"
 	"sallyport/internal/config"
+	"sallyport/internal/discovery"
 	"sallyport/internal/eventlog"
 	"sallyport/internal/metrics"
 	"sallyport/policy"
@@ -42,10 +44,19 @@ func newRun(o *options) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			sockets, err := takeSockets()
+			if err == nil {
+				err = sockets.apply(&settings)
+			}
+			if err != nil {
+				return usageError(err)
+			}
 			g, err := newGate(o, settings)
 			if err != nil {
 				return err
 			}
+			g.sockets = sockets
+			sockets.handOver(g)
 			g.signals = signals
 			return g.run(cmd.Context(), cmd.ErrOrStderr())
 		},
@@ -62,7 +73,8 @@ type gate struct {
 	log      *eventlog.Writer
 	logger   zerolog.Logger
 	metrics  *metrics.Metrics
-	observer event.Observer
+	observer event.Observer // of connections
+	queries  event.Observer // of queries; nil: none
 	resolver *dnsfilter.Resolver
 	dns      *dnsfilter.Server
 	proxy    *proxy.Server
@@ -72,13 +84,20 @@ type gate struct {
 	hangup   chan struct{} // SIGHUP asks for a reload of settings and policy
 	changed  chan struct{} // the policy's files ask for one of the policy
 
-	certificates certificates // in force, of proxy.tls
+	certificates   certificates // in force, of proxy.tls
+	dnsCertificate certificates // in force, of dns.tls
+	sockets        inherited
+
+	adminState adminState       // for the admin API
+	discovery  *discovery.Store // nil: nothing is remembered
 }
 
 // newGate builds everything and loads the policy. Nothing listens yet.
 func newGate(o *options, s config.Settings) (*gate, error) {
 	g := &gate{options: o, settings: s, source: newSource(s), hangup: make(chan struct{}, 1), changed: make(chan struct{}, 1)}
+	begun := time.Now()
 	first, warnings, err := g.source.load()
+	took := time.Since(begun)
 	if err != nil && (s.Policy.LastGood == "" || g.source.files == nil) {
 		return nil, usageError(err)
 	}
@@ -87,15 +106,24 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 		return nil, usageError(err)
 	}
 	if len(s.Proxy.TLSListen) > 0 {
-		if g.certificates, err = loadCertificates(s.Proxy.TLS); err != nil {
+		if g.certificates, err = loadCertificates("proxy.tls", s.Proxy.TLS); err != nil {
 			return nil, usageError(err)
 		}
 		if w := g.certificates.warning(s.Proxy.TLS.Certificate, time.Now()); w != nil {
 			warnings = append(warnings, w)
 		}
 	}
+	if isEncrypted(s.DNS) {
+		if g.dnsCertificate, err = loadDNSCertificate(s.DNS); err != nil {
+			return nil, usageError(err)
+		}
+		if w := g.dnsCertificate.warning(s.DNS.TLS.Certificate, time.Now()); w != nil {
+			warnings = append(warnings, w)
+		}
+	}
 	if g.log, err = eventlog.Open(eventlog.Options{
 		Format: eventlog.Format(s.Log.Format), Output: s.Log.Output, Level: s.Log.Level, Node: s.Node,
+		Facility: s.Log.Facility, Rotate: eventlog.Rotate(s.Log.Rotate),
 	}); err != nil {
 		return nil, &exitError{exitFailure, err}
 	}
@@ -106,24 +134,21 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 	}
 	v, rev := build()
 	g.metrics = metrics.New(metrics.Options{
-		Version: v, Revision: rev, LogDropped: g.log.Dropped,
-		Proxy: func() metrics.ProxyStats {
-			st := g.proxy.Stats()
-			return metrics.ProxyStats{
-				Tunnels: st.Tunnels, Up: st.BytesUp, Down: st.BytesDown,
-				AcceptErrors: st.AcceptErrors, AcceptPauses: st.AcceptPauses,
-			}
-		},
+		Version: v, Revision: rev, Log: g.logStats, Policy: g.policyStats, Ready: g.ready, Proxy: g.proxyStats,
 		Resolver: func() metrics.ResolverStats {
 			st := g.resolver.Stats()
 			return metrics.ResolverStats{
 				Hits: st.CacheHits, Misses: st.CacheMisses, Stale: st.CacheStale,
 				Dropped: st.Dropped, Malformed: st.Malformed, Failures: st.UpstreamFailures,
-				Ignored: st.UpstreamIgnored, Prefetched: st.Prefetched, Upstreams: upstreamStats(st.Upstreams),
+				Ignored: st.UpstreamIgnored, Prefetched: st.Prefetched, Limited: limited(&st), Upstreams: upstreamStats(st.Upstreams),
 			}
 		},
 	})
-	g.observer = event.Observers{g.metrics, g.log}
+	g.metrics.Loaded(took)
+	if g.discovery, err = newDiscovery(s.Discovery, g.logger); err != nil {
+		return nil, usageError(err)
+	}
+	g.observer, g.queries = g.discovered(g.observers())
 	if g.resolver, err = dnsfilter.New(g.dnsConfig()); err != nil {
 		return nil, usageError(err)
 	}
@@ -133,9 +158,13 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 		return nil, usageError(err)
 	}
 	g.proxy = proxy.New(pc)
-	g.admin = admin.New(admin.Config{
-		Listen: s.Admin.Listen, Status: g.readiness, Metrics: g.metrics.Handler(), PAC: g.proxy.PACHandler(),
-	})
+	warnings, err = g.newAdmin()
+	if err != nil {
+		return nil, usageError(err)
+	}
+	for _, w := range warnings {
+		g.logger.Warn().Msg(w.Error())
+	}
 	g.store.OnChange(g.policyChanged)
 	return g, g.first(first, loadErr)
 }
@@ -150,10 +179,14 @@ func upstreamStats(all []dnsfilter.UpstreamStats) []metrics.UpstreamStats {
 
 func (g *gate) dnsConfig() dnsfilter.Config {
 	c := dnsConfig(g.settings.DNS)
-	c.Decider, c.Counter, c.Observer, c.Logger = &g.store, g.metrics, g.log, g.logger
+	c.Decider, c.Counter, c.Observer, c.Logger = &g.store, g.metrics, g.queries, g.logger
 	c.Events = dnsfilter.Events(g.settings.Log.DNS)
-	if g.settings.Log.Format != string(eventlog.JSON) {
-		c.Observer = nil // the other formats have no lines for queries
+	c.Certificate = g.dnsCertificate.Certificate
+	if g.settings.Log.Format != string(eventlog.JSON) && c.Events == dnsfilter.EventsAll {
+		c.Events = dnsfilter.EventsSample // see observers
+	}
+	if g.discovery != nil && c.Events == dnsfilter.EventsDenied {
+		c.Events = dnsfilter.EventsSample // see discovered
 	}
 	return c
 }
@@ -161,6 +194,7 @@ func (g *gate) dnsConfig() dnsfilter.Config {
 // dnsConfig returns what the settings say about the resolver.
 func dnsConfig(s config.DNS) dnsfilter.Config {
 	c := dnsfilter.Config{
+		TLSListen: s.TLSListen, HTTPSListen: s.HTTPSListen, ProxyProtocol: dnsfilter.ProxyProtocol{Trusted: s.ProxyProtocol.Trusted},
 		Listen: s.Listen, Upstreams: s.Upstreams, HostsFile: s.HostsFile,
 		Deny: dnsfilter.Denial(s.Deny), HTTPSRecords: dnsfilter.HTTPSRecords(s.HTTPSRecords), CNAMEs: dnsfilter.CNAMEs(s.CNAMEs),
 		MaxUDPSize: s.EDNSSize, HealthName: s.HealthName, SearchDomains: s.SearchDomains,
@@ -169,6 +203,7 @@ func dnsConfig(s config.DNS) dnsfilter.Config {
 			Size: s.Cache.Size, MinTTL: s.Cache.MinTTL, MaxTTL: s.Cache.MaxTTL, ServeStale: s.Cache.ServeStale,
 			Prefetch: s.Cache.Prefetch,
 		},
+		Limits: dnsLimits(s.Limits), TunnelGuard: tunnelGuard(s.TunnelGuard),
 	}
 	for _, z := range s.Zones {
 		c.Zones = append(c.Zones, dnsfilter.Zone{Zone: z.Zone, Upstreams: z.Upstreams, PrivateDestinations: z.PrivateDestinations})
@@ -216,7 +251,9 @@ func (g *gate) run(ctx context.Context, hints io.Writer) error {
 	logCtx, stopLog := context.WithCancel(context.WithoutCancel(ctx))
 	logDone := make(chan error, 1)
 	go func() { logDone <- g.log.Run(logCtx) }()
+	stopDiscovery := g.startDiscovery(ctx)
 	err := g.serve(ctx, hints)
+	err = errors.Join(err, failure(stopDiscovery()))
 	stopLog()
 	return errors.Join(err, failure(<-logDone))
 }
@@ -235,7 +272,7 @@ func (g *gate) serve(ctx context.Context, hints io.Writer) error {
 	if err := g.listen(); err != nil {
 		return failure(err)
 	}
-	g.proxy.Guard(g.dns.Addrs()...)
+	g.proxy.Guard(slices.Concat(g.dns.Addrs(), g.dns.TLSAddrs(), g.dns.HTTPSAddrs())...)
 	g.proxy.Guard(g.admin.Addrs()...)
 	g.announce(hints)
 
@@ -243,7 +280,7 @@ func (g *gate) serve(ctx context.Context, hints io.Writer) error {
 	defer stopServers()
 	helpers, stopHelpers := context.WithCancel(servers)
 	defer stopHelpers()
-	failed := make(chan error, 4)
+	failed := make(chan error, 6)
 	var wg sync.WaitGroup
 	start := func(name string, serve func(context.Context) error, ctx context.Context) {
 		wg.Go(func() {
@@ -258,6 +295,10 @@ func (g *gate) serve(ctx context.Context, hints io.Writer) error {
 	if g.source.files != nil {
 		start("watch policy", g.watch, helpers)
 	}
+	if g.adminState.tally != nil {
+		start("count talkers", g.adminState.tally.Run, servers)
+		start("sample counters", g.adminState.sampler.Run, servers)
+	}
 	if len(g.identityFiles()) > 0 {
 		wg.Go(func() { g.watchIdentity(helpers) })
 	}
@@ -268,6 +309,8 @@ func (g *gate) serve(ctx context.Context, hints io.Writer) error {
 	var err error
 	select {
 	case <-ctx.Done():
+		g.logger.Info().Dur("drain_ms", g.settings.Proxy.Timeouts.Drain).Msg("draining")
+	case <-g.adminState.stopping:
 		g.logger.Info().Dur("drain_ms", g.settings.Proxy.Timeouts.Drain).Msg("draining")
 	case err = <-failed:
 		g.logger.Error().Err(err).Msg("a server failed; stopping")
@@ -341,6 +384,12 @@ func (g *gate) announce(hints io.Writer) {
 	}
 	for _, a := range g.dns.Addrs() {
 		say("dns", a.String())
+	}
+	for _, a := range g.dns.TLSAddrs() {
+		say("dns_tls", a.String())
+	}
+	for _, a := range g.dns.HTTPSAddrs() {
+		say("dns_https", a.String())
 	}
 	for _, a := range g.admin.Addrs() {
 		say("admin", a.String())

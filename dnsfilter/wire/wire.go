@@ -19,6 +19,19 @@ const (
 	edeOption  = 15 // RFC 8914, section 2
 )
 
+// Options of an OPT record.
+const (
+	OptionNSID    = 3  // RFC 5001
+	OptionCookie  = 10 // RFC 7873
+	OptionPadding = 12 // RFC 7830
+
+	firstUnknown = 20    // no option from here on means anything to anybody here
+	optionHeader = 4     // bytes of an option before its data
+	minCookie    = 8     // bytes of COOKIE: the client's part
+	minServed    = 8 + 8 // the same with a server's part, which is 8 to 32 bytes long
+	maxCookie    = 8 + 32
+)
+
 // Sizes of what an answer may carry beside its records.
 const (
 	OPTSize    = 11 // an OPT record without options
@@ -37,7 +50,8 @@ const (
 	maskRcode = 0x0F
 )
 
-// A Query is one plain question: opcode QUERY, one [policy.WireName], class IN, and nothing beside it but an OPT record of EDNS version 0 without options.
+// A Query is one plain question: opcode QUERY, one [policy.WireName], class IN, and nothing beside it but an OPT record of EDNS version 0,
+// without options or with such as say nothing about the question: a cookie, padding, NSID, and unknown ones.
 type Query struct {
 	Type    uint16 // QTYPE, never 0
 	EDNS    bool   // there is an OPT record (RFC 6891)
@@ -45,6 +59,8 @@ type Query struct {
 	DO      bool   // DNSSEC OK (RFC 3225)
 	CD      bool   // Checking Disabled (RFC 4035)
 	AD      bool   // Authentic Data is asked for (RFC 6840, section 5.7)
+	Padded  bool   // there is padding (RFC 7830)
+	Cookie  []byte // in packet: the data of the first COOKIE option (RFC 7873), 8 or 16 to 40 bytes; nil without one
 
 	// Name is what is asked for, in lower case; parsed, so that it is a name.
 	Name policy.WireName
@@ -73,19 +89,46 @@ func (q *Query) Parse(packet []byte) bool {
 	}
 	q.packet, q.size = packet, end
 	q.CD, q.AD = packet[3]&bitCD != 0, packet[3]&bitAD != 0
-	q.EDNS, q.UDPSize, q.DO = false, 0, false
+	q.EDNS, q.UDPSize, q.DO, q.Padded, q.Cookie = false, 0, false, false, nil
 	if rest = rest[4:]; packet[11] == 1 {
-		return len(rest) == OPTSize && q.readOPT(rest)
+		return len(rest) >= OPTSize && q.readOPT(rest)
 	}
 	return len(rest) == 0
 }
 
 // readOPT reads the OPT record that is p.
 func (q *Query) readOPT(p []byte) bool {
-	if p[0] != 0 || binary.BigEndian.Uint16(p[1:]) != typeOPT || p[6] != 0 || p[9] != 0 || p[10] != 0 {
-		return false // another record, a version other than 0, or options
+	if p[0] != 0 || binary.BigEndian.Uint16(p[1:]) != typeOPT || p[6] != 0 || int(binary.BigEndian.Uint16(p[9:])) != len(p)-OPTSize {
+		return false // another record, a version other than 0, or bytes behind it
 	}
 	q.EDNS, q.UDPSize, q.DO = true, binary.BigEndian.Uint16(p[3:]), p[7]&0x80 != 0
+	return len(p) == OPTSize || q.readOptions(p[OPTSize:])
+}
+
+// readOptions reads the options that p consists of.
+func (q *Query) readOptions(p []byte) bool {
+	for len(p) > 0 {
+		if len(p) < optionHeader {
+			return false
+		}
+		code, length := binary.BigEndian.Uint16(p), int(binary.BigEndian.Uint16(p[2:]))
+		if p = p[optionHeader:]; length > len(p) {
+			return false
+		}
+		switch {
+		case code == OptionCookie && q.Cookie == nil: // of several the first counts
+			if length != minCookie && length < minServed || length > maxCookie {
+				return false
+			}
+			q.Cookie = p[:length]
+		case code == OptionPadding:
+			q.Padded = true
+		case code == OptionNSID || code == OptionCookie || code >= firstUnknown: // ignored
+		default:
+			return false
+		}
+		p = p[length:]
+	}
 	return true
 }
 
@@ -218,6 +261,37 @@ func (q *Query) AppendOPT(dst []byte, start int, size, ede uint16, text string) 
 	return dst
 }
 
+// AppendOption adds an option to the OPT record that begins at opt and ends dst.
+func AppendOption(dst []byte, opt int, code uint16, data []byte) []byte {
+	dst = binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint16(dst, code), uint16(len(data)))
+	dst = append(dst, data...)
+	binary.BigEndian.PutUint16(dst[opt+9:], uint16(len(dst)-opt-OPTSize))
+	return dst
+}
+
+// PadBlock is what padded answers are multiples of, in bytes (RFC 8467, section 4.1).
+const PadBlock = 468
+
+// Padding returns how many bytes the padding option (RFC 7830) of an answer of size
+// bytes has to carry, so that the answer is not longer than limit. It is less than 0 if there
+// is no room for the option.
+func Padding(size, limit int) int {
+	size += optionHeader
+	return min((PadBlock-size%PadBlock)%PadBlock, limit-size)
+}
+
+// zeros is padding.
+var zeros [PadBlock]byte
+
+// AppendPadding pads the message that begins at start of dst, whose OPT record begins at
+// opt and ends it, to a whole number of blocks, or limit.
+func AppendPadding(dst []byte, start, opt, limit int) []byte {
+	if n := Padding(len(dst)-start, limit); n >= 0 {
+		dst = AppendOption(dst, opt, OptionPadding, zeros[:n])
+	}
+	return dst
+}
+
 // A Record is where one record of a message is.
 type Record struct {
 	Answer    bool   // it is in the answer section
@@ -265,6 +339,42 @@ func skipName(message []byte, at int) int {
 		case n > maxLabel:
 			return 0
 		default:
+			at += n + 1
+		}
+	}
+	return 0
+}
+
+// EndOfName returns where the name at the offset at of message ends, 0 if it is no whole
+// name of up to 255 bytes, or one with a pointer (RFC 1035, section 4.1.4) that does not
+// point back.
+func EndOfName(message []byte, at int) (end int) {
+	size, begin := 0, at // begin: of the labels that at is among
+	for at < len(message) {
+		n := int(message[at])
+		switch {
+		case n == 0:
+			if end == 0 {
+				end = at + 1
+			}
+			return end
+		case n >= 0xC0:
+			if at+2 > len(message) {
+				return 0
+			}
+			if end == 0 {
+				end = at + 2
+			}
+			if at = n&0x3F<<8 | int(message[at+1]); at >= begin {
+				return 0
+			}
+			begin = at
+		case n > maxLabel:
+			return 0
+		default:
+			if size += n + 1; size >= maxName {
+				return 0
+			}
 			at += n + 1
 		}
 	}

@@ -37,6 +37,44 @@ func edit(p []byte, at int, b ...byte) []byte {
 	return p
 }
 
+// options returns a query with options of a code and a length each.
+func options(t testing.TB, codeAndLength ...int) []byte {
+	return pack(t, ask("Api.Ok.test.", dns.TypeA, edns(1400, true), func(m *dns.Msg) {
+		for i := 0; i < len(codeAndLength); i += 2 {
+			m.IsEdns0().Option = append(m.IsEdns0().Option, &dns.EDNS0_LOCAL{Code: uint16(codeAndLength[i]), Data: make([]byte, codeAndLength[i+1])})
+		}
+	}))
+}
+
+func TestOptions(t *testing.T) {
+	var q Query
+	if !q.Parse(options(t, 12, 5, 10, 24, 10, 8)) || !q.Padded || len(q.Cookie) != 24 {
+		t.Errorf("query = %+v", q)
+	}
+	if !q.Parse(options(t)) || q.Padded || q.Cookie != nil {
+		t.Errorf("what the last query had stays: %+v", q)
+	}
+	for _, size := range []int{12, 200, PadBlock - 5, PadBlock - 4, PadBlock - 3, PadBlock, 2 * PadBlock} {
+		n := Padding(size, 65535)
+		if n < 0 || n >= PadBlock || (size+4+n)%PadBlock != 0 {
+			t.Errorf("Padding(%d) = %d", size, n)
+		}
+	}
+	for size, want := range map[int]int{65535: -4, 65531: 0, 65530: 1, 65521: 10} {
+		if n := Padding(size, 65535); n != want {
+			t.Errorf("Padding(%d) = %d, want %d", size, n, want)
+		}
+	}
+	m := ask("ok.test.", dns.TypeA, edns(1400, true))
+	bare := pack(t, m)
+	m.IsEdns0().Option = []dns.EDNS0{&dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: "0102030405060708"}, &dns.EDNS0_PADDING{Padding: make([]byte, Padding(len(bare)+12, 65535))}}
+	got := AppendOption(append([]byte("before"), bare...), 6+len(bare)-OPTSize, OptionCookie, []byte{1, 2, 3, 4, 5, 6, 7, 8})
+	got = AppendPadding(got, 6, 6+len(bare)-OPTSize, 65535)
+	if want := append([]byte("before"), pack(t, m)...); !bytes.Equal(got, want) || len(got) != 6+PadBlock {
+		t.Errorf("with options\n%x, want\n%x", got, want)
+	}
+}
+
 func TestParse(t *testing.T) {
 	plain := pack(t, ask("Api.Ok.test.", dns.TypeA))
 	withOPT := pack(t, ask("Api.Ok.test.", dns.TypeA, edns(1400, true)))
@@ -77,9 +115,20 @@ func TestParse(t *testing.T) {
 		{"EDNS version 1", edit(withOPT, opt+6, 1), false},
 		{"OPT below a name", append(append(bytes.Clone(withOPT[:opt]), 1, 'a'), withOPT[opt:]...), false},
 		{"TSIG", edit(withOPT, opt+1, 0, 250), false},
-		{"options", pack(t, ask("ok.test.", dns.TypeA, edns(512, false), func(m *dns.Msg) {
-			m.IsEdns0().Option = []dns.EDNS0{&dns.EDNS0_COOKIE{Code: dns.EDNS0COOKIE, Cookie: "0102030405060708"}}
-		})), false},
+		{"cookie", options(t, 10, 8), true},
+		{"cookie with the server's part", options(t, 10, 16), true},
+		{"long cookie", options(t, 10, 40), true},
+		{"short cookie", options(t, 10, 7), false},
+		{"cookie with a short server's part", options(t, 10, 15), false},
+		{"too long a cookie", options(t, 10, 41), false},
+		{"two cookies", options(t, 10, 8, 10, 1), true},
+		{"padding", options(t, 12, 300), true},
+		{"unknown options", options(t, 20, 0, 65001, 9, 3, 0), true},
+		{"client subnet", options(t, 8, 8), false},
+		{"keepalive", options(t, 11, 0), false},
+		{"option cut short", options(t, 10, 8)[:len(options(t, 10, 8))-1], false},
+		{"option longer than the record", edit(options(t, 20, 4), opt+14, 5), false},
+		{"half an option", append(edit(options(t, 20, 0), opt+10, 6), 0, 20), false},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

@@ -10,7 +10,10 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"sync/atomic"
 	"time"
+
+	"golang.org/x/net/netutil"
 )
 
 // Config says what a Server serves. It is copied by New.
@@ -19,6 +22,13 @@ type Config struct {
 	Status  func(context.Context) Status // answers /readyz; required; honours its context
 	Metrics http.Handler                 // answers /metrics; required
 	PAC     http.Handler                 // answers /proxy.pac; nil: nobody does
+	API     API                          // answers /api/v1
+	// Hosts are names, besides localhost, that requests over loopback may be for.
+	Hosts []string
+	// Credentials are those in force at first. Beyond loopback there must be some.
+	Credentials Credentials
+	OpenMetrics bool         // /metrics needs no credential
+	Pages       http.Handler // answers what nothing else does, GET and HEAD alone; nil: a short index at /
 }
 
 // Status is the state of the process as /readyz tells it.
@@ -62,23 +72,36 @@ func (s *Status) Ready() bool {
 	return s.Policy.Revision != "" && !s.Draining && s.Upstream.OK
 }
 
-// Bounds of one request; what is served is small.
-const (
-	readTimeout  = 5 * time.Second
-	writeTimeout = 30 * time.Second
-	idleTimeout  = 2 * time.Minute
-	maxHeader    = 8 << 10 // bytes
-)
-
 // A Server is the admin server. Listen, then Serve.
 type Server struct {
-	listen   string
-	http     *http.Server
-	listener net.Listener
+	listen      string
+	hosts       []string
+	openMetrics bool
+	status      func(context.Context) Status
+	api         API
+	credentials atomic.Pointer[credentials]
+	answers     chan struct{} // holds one for each answer of the API under way
+	streams     chan struct{} // and for each stream
+	beat        time.Duration // see streamBeat
+	patience    time.Duration // see streamPatience
+	http        *http.Server
+	listener    net.Listener
 }
+
+// Inherit has Listen use l, which somebody else has bound. The Server closes it.
+func (s *Server) Inherit(l net.Listener) { s.listener = l }
 
 // New returns a Server that does nothing yet.
 func New(c Config) *Server {
+	s := &Server{
+		listen: c.Listen, openMetrics: c.OpenMetrics, status: c.Status, api: c.API,
+		answers: make(chan struct{}, maxAnswers), streams: make(chan struct{}, maxStreams),
+		beat: streamBeat, patience: streamPatience,
+	}
+	for _, h := range c.Hosts {
+		s.hosts = append(s.hosts, hostname(h))
+	}
+	s.SetCredentials(c.Credentials)
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) { writeStatus(w, c.Status(r.Context())) })
@@ -86,25 +109,34 @@ func New(c Config) *Server {
 	if c.PAC != nil {
 		mux.Handle("GET /proxy.pac", c.PAC)
 	}
-	mux.HandleFunc("GET /{$}", writeIndex)
-	return &Server{listen: c.Listen, http: &http.Server{
-		Handler:        protect(mux),
+	for _, e := range endpoints {
+		mux.HandleFunc(e.method+" "+e.path, s.answer(e))
+	}
+	mux.HandleFunc("/api/", noEndpoint)
+	if c.Pages != nil {
+		mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+			if r.Method != http.MethodGet && r.Method != http.MethodHead {
+				w.Header().Set("Allow", "GET, HEAD")
+				fail(w, http.StatusMethodNotAllowed, errors.New("pages are read with GET"))
+				return
+			}
+			w.Header().Set("Content-Security-Policy", pagePolicy)
+			c.Pages.ServeHTTP(w, r)
+		})
+	} else {
+		mux.HandleFunc("GET /{$}", writeIndex)
+	}
+	s.http = &http.Server{
+		Handler:        s.guard(mux),
 		ReadTimeout:    readTimeout,
 		WriteTimeout:   writeTimeout,
 		IdleTimeout:    idleTimeout,
 		MaxHeaderBytes: maxHeader,
-	}}
-}
-
-// protect sets what holds for every answer: nothing is cached, framed or sniffed.
-func protect(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		h := w.Header()
-		h.Set("Cache-Control", "no-store")
-		h.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
-		h.Set("X-Content-Type-Options", "nosniff")
-		next.ServeHTTP(w, r)
-	})
+	}
+	if c.Credentials.Certificate != nil {
+		s.http.TLSConfig = s.tlsConfig()
+	}
+	return s
 }
 
 func writeStatus(w http.ResponseWriter, s Status) {
@@ -115,16 +147,19 @@ func writeStatus(w http.ResponseWriter, s Status) {
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(struct { // whoever asked has gone away
-		Ready bool `json:"ready"`
-		Status
-	}{ready, s})
+	_ = json.NewEncoder(w).Encode(readiness{ready, s}) // whoever asked has gone away
+}
+
+// readiness is what /readyz answers.
+type readiness struct {
+	Ready bool `json:"ready"`
+	Status
 }
 
 const index = `<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>sallyport</title>
 <h1>sallyport</h1>
-<ul><li><a href="/healthz">healthz</a><li><a href="/readyz">readyz</a><li><a href="/metrics">metrics</a><li><a href="/proxy.pac">proxy.pac</a></ul>
+<ul><li><a href="/healthz">healthz</a><li><a href="/readyz">readyz</a><li><a href="/metrics">metrics</a><li><a href="/proxy.pac">proxy.pac</a><li><a href="/api/v1/openapi.yaml">openapi.yaml</a></ul>
 </html>
 `
 
@@ -135,7 +170,7 @@ func writeIndex(w http.ResponseWriter, _ *http.Request) {
 
 // Listen binds Config.Listen. The error names the address.
 func (s *Server) Listen() error {
-	if s.listen == "" {
+	if s.listen == "" || s.listener != nil {
 		return nil
 	}
 	l, err := net.Listen("tcp", s.listen)
@@ -167,8 +202,16 @@ func (s *Server) Serve(ctx context.Context) error {
 		<-ctx.Done()
 		return nil
 	}
+	if err := s.exposed(); err != nil {
+		s.listener.Close()
+		return err
+	}
 	defer context.AfterFunc(ctx, func() { s.http.Close() })()
-	if err := s.http.Serve(s.listener); !errors.Is(err, http.ErrServerClosed) {
+	serve := s.http.Serve
+	if s.http.TLSConfig != nil {
+		serve = func(l net.Listener) error { return s.http.ServeTLS(l, "", "") }
+	}
+	if err := serve(netutil.LimitListener(s.listener, maxConnections)); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
 	return nil

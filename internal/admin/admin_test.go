@@ -18,13 +18,31 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // serve runs a Server whose status is st and returns its base URL.
 func serve(t *testing.T, st *Status) string {
 	t.Helper()
-	s := New(Config{
-		Listen: "127.0.0.1:0",
-		Status: func(context.Context) Status { return *st },
-		Metrics: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-			fmt.Fprintln(w, "some_metric 1")
-		}),
-	})
+	return serveConfig(t, Config{Status: func(context.Context) Status { return *st }})
+}
+
+// serveConfig runs a Server with c and returns its base URL.
+func serveConfig(t *testing.T, c Config) string {
+	t.Helper()
+	url, _ := serveServer(t, c)
+	return url
+}
+
+// serveServer is serveConfig for tests that change the Server, before it serves or
+// while it does.
+func serveServer(t *testing.T, c Config, change ...func(*Server)) (string, *Server) {
+	t.Helper()
+	if c.Listen == "" {
+		c.Listen = "127.0.0.1:0"
+	}
+	if c.Status == nil {
+		c.Status = func(context.Context) Status { return Status{Listeners: map[string]bool{"proxy": true}} }
+	}
+	c.Metrics = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "some_metric 1") })
+	s := New(c)
+	for _, f := range change {
+		f(s)
+	}
 	if err := s.Listen(); err != nil {
 		t.Fatal(err)
 	}
@@ -38,7 +56,10 @@ func serve(t *testing.T, st *Status) string {
 			t.Error(err)
 		}
 	})
-	return "http://" + s.Addrs()[0].String()
+	if c.Credentials.Certificate != nil {
+		return "https://" + s.Addrs()[0].String(), s
+	}
+	return "http://" + s.Addrs()[0].String(), s
 }
 
 func ask(t *testing.T, method, url string) (*http.Response, string) {
@@ -103,7 +124,7 @@ func TestPages(t *testing.T) {
 			t.Errorf("%s: %d %v %s", path, resp.StatusCode, resp.Header, body)
 		}
 	}
-	if resp, _ := ask(t, "POST", url+"/readyz"); resp.StatusCode != http.StatusMethodNotAllowed {
+	if resp, _ := ask(t, "POST", url+"/readyz"); resp.StatusCode != http.StatusForbidden {
 		t.Errorf("POST: %d", resp.StatusCode)
 	}
 	if resp, _ := ask(t, "GET", url+"/other"); resp.StatusCode != http.StatusNotFound {

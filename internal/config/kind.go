@@ -13,6 +13,7 @@ import (
 	"time"
 	"unicode"
 
+	"sallyport/internal/eventlog"
 	"sallyport/policy"
 )
 
@@ -355,7 +356,12 @@ func parseText(_ *field, s string) (any, error) {
 
 func parseOutput(f *field, s string) (any, error) {
 	if s == "" {
-		return nil, errors.New("empty; write stdout, stderr or a path")
+		return nil, errors.New("empty; write stdout, stderr, a path or syslog+udp://host:514")
+	}
+	if eventlog.IsSyslog(s) {
+		if _, _, err := eventlog.SyslogAddress(s); err != nil {
+			return nil, fmt.Errorf("%s: %w", quote(s), err)
+		}
 	}
 	return parseText(f, s)
 }

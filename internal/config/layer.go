@@ -13,6 +13,7 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
+	"sallyport/internal/eventlog"
 	"sallyport/policy"
 )
 
@@ -75,7 +76,7 @@ func (l *layer) anchored(f *field, v any) any {
 	case !ok || s == "" || l.dir == "" || filepath.IsAbs(s):
 		return v
 	case f.kindName == "path", f.kindName == "source" && s != Embedded,
-		f.kindName == "output" && s != "stdout" && s != "stderr":
+		f.kindName == "output" && s != "stdout" && s != "stderr" && !eventlog.IsSyslog(s):
 		return filepath.Join(l.dir, s)
 	}
 	return v

@@ -185,7 +185,8 @@ func (s *Settings) check(at func(path string) policy.Pos) (mistakes policy.Error
 		mistakes = append(mistakes, &policy.Error{Pos: at(path), Path: path, Err: fmt.Errorf(format, args...)})
 	}
 	s.Proxy.checkIdentity(wrong)
-	if len(s.Proxy.Listen)+len(s.Proxy.TLSListen)+len(s.DNS.Listen) == 0 {
+	s.Admin.check(wrong)
+	if len(s.Proxy.Listen)+len(s.Proxy.TLSListen)+len(s.DNS.Listen)+len(s.DNS.TLSListen)+len(s.DNS.HTTPSListen) == 0 {
 		wrong("proxy.listen", "neither proxy.listen nor dns.listen has an address, so nothing would run; write one")
 	}
 	if s.DNS.Cache.MinTTL > s.DNS.Cache.MaxTTL {
@@ -208,6 +209,13 @@ func (s *Settings) check(at func(path string) policy.Pos) (mistakes policy.Error
 	for i, a := range s.DNS.Listen {
 		claim(fmt.Sprintf("dns.listen[%d]", i), a)
 	}
+	for i, a := range s.DNS.TLSListen {
+		claim(fmt.Sprintf("dns.tls_listen[%d]", i), a)
+	}
+	for i, a := range s.DNS.HTTPSListen {
+		claim(fmt.Sprintf("dns.https_listen[%d]", i), a)
+	}
+	s.DNS.checkTLS(wrong)
 	if s.Admin.Listen != "" {
 		claim("admin.listen", s.Admin.Listen)
 	}
@@ -231,14 +239,29 @@ func (s *Settings) check(at func(path string) policy.Pos) (mistakes policy.Error
 
 // checkIdentity finds settings about who asks that need others.
 func (p *Proxy) checkIdentity(wrong func(path, format string, args ...any)) {
-	if p.Auth.Required && p.Auth.Htpasswd == "" {
-		wrong("proxy.auth.required", "nobody could pass: there are no users; write proxy.auth.htpasswd too, or false")
+	if p.Auth.Required && p.Auth.Htpasswd == "" && (len(p.TLSListen) == 0 || p.TLS.ClientCA == "") {
+		wrong("proxy.auth.required", "nobody could pass: there are no users; write proxy.auth.htpasswd too, or proxy.tls.client_ca with proxy.tls_listen, or false")
 	}
 	if p.TLS.RequireClient && p.TLS.ClientCA == "" {
 		wrong("proxy.tls.require_client_certificate", "no authority is known that could sign one; write proxy.tls.client_ca too, or false")
 	}
 	if len(p.TLSListen) > 0 && (p.TLS.Certificate == "" || p.TLS.Key == "") {
 		wrong("proxy.tls_listen", "TLS needs a certificate; write proxy.tls.certificate and proxy.tls.key, or []")
+	}
+}
+
+// checkTLS finds encrypted listeners without a certificate.
+func (d *DNS) checkTLS(wrong func(path, format string, args ...any)) {
+	if d.TLS.Certificate != "" && d.TLS.Key != "" {
+		return
+	}
+	for _, l := range []struct {
+		path  string
+		addrs []string
+	}{{"dns.tls_listen", d.TLSListen}, {"dns.https_listen", d.HTTPSListen}} {
+		if len(l.addrs) > 0 {
+			wrong(l.path, "TLS needs a certificate; write dns.tls.certificate and dns.tls.key, or []")
+		}
 	}
 }
 

@@ -37,6 +37,10 @@ proxy:
   pac: {direct: []}
 dns:
   listen: ["127.0.0.1:1053"]
+  tls_listen: []
+  https_listen: []
+  tls: {certificate: "", key: ""}
+  proxy_protocol: {trusted: []}
   upstreams: []
   zones: []
   records: []
@@ -127,7 +131,7 @@ func TestDefaults(t *testing.T) {
 		DNS: DNS{
 			Listen: []string{"127.0.0.1:1053"}, Upstreams: []string{}, Zones: []Zone{}, Records: []Record{},
 			HostsFile: "/etc/hosts", Deny: "refused", HTTPSRecords: "strip_ech", CNAMEs: "trust", EDNSSize: 1232,
-			UpstreamMode: "sequential", SearchDomains: []string{},
+			UpstreamMode: "sequential", SearchDomains: []string{}, TLSListen: []string{}, HTTPSListen: []string{}, ProxyProtocol: ProxyProtocol{Trusted: []netip.Prefix{}},
 			Cache: Cache{Size: 64 << 20, MaxTTL: 24 * time.Hour, ServeStale: time.Hour},
 		},
 		Admin:  Admin{Listen: "127.0.0.1:9128"},
@@ -204,22 +208,26 @@ func TestEveryKeyEverywhere(t *testing.T) {
 	values := map[string]string{
 		"node": "gate-2", "proxy.listen": ":1", "proxy.help_url": "mailto:net@corp.example", "proxy.proxy_protocol.trusted": "10.0.0.0/8",
 		"dns.listen": ":2", "dns.upstreams": "192.0.2.1", "dns.zones": `[{"zone": "corp.example", "upstreams": ["10.0.0.53"], "private_destinations": ["10.0.0.0/8"]}]`,
+		"dns.tls_listen": "[]", "dns.https_listen": "[]", "dns.tls.certificate": "c.pem", "dns.tls.key": "k.pem", "dns.proxy_protocol.trusted": "10.0.0.0/8",
 		"dns.records":    "[{name: a.example, type: TXT, value: hello}]",
 		"dns.hosts_file": "hosts", "dns.deny": "nodata", "dns.https_records": "pass", "dns.cnames": "inspect",
 		"dns.upstream_mode": "fastest", "dns.health_name": "health.example", "dns.search_domains": "cluster.local",
-		"dns.edns_size": "512", "dns.cache.min_ttl": "1s", "admin.listen": ":3", "policy.source": "p.yaml",
-		"log.format": "squid", "log.output": "stderr", "log.level": "debug", "log.dns": "sample",
+		"dns.edns_size": "512", "dns.limits.ipv4_prefix": "8", "dns.limits.ipv6_prefix": "48", "dns.limits.over_limit": "drop",
+		"dns.limits.exempt": "10.0.0.0/8", "dns.tunnel_guard.mode": "refuse", "dns.tunnel_guard.unique_names_per_minute": "8", "dns.tunnel_guard.exempt": "cdn.example",
+		"dns.cache.min_ttl": "1s", "admin.listen": "127.0.0.1:3", "admin.hosts": "gate.example", "policy.source": "p.yaml",
+		"log.format": "squid", "log.output": "stderr", "log.level": "debug", "log.dns": "sample", "log.facility": "local3",
 		"proxy.limits.client_hello_bytes": "1KiB", "proxy.limits.header_bytes": "1KiB", "proxy.limits.url_bytes": "1KiB",
 		"proxy.parent": "http://192.0.2.1:3128", "proxy.parent_target": "address", "proxy.parent_resolves": ".corp.example",
 		"proxy.source_address": "192.0.2.7, 2001:db8::7", "proxy.groups": "[{group: a, parent: direct, source_address: [192.0.2.8]}]",
-		"proxy.pac.direct":    "10.0.0.0/8",
+		"admin.token_file": "token", "admin.tls.certificate": "c.pem", "admin.tls.key": "k.pem", "admin.tls.client_ca": "ca.pem",
+		"proxy.pac.direct": "10.0.0.0/8", "discovery.retention": "7d",
 		"proxy.auth.htpasswd": "users", "proxy.auth.realm": "corp", "proxy.auth.required": "false", "proxy.tls_listen": "[]",
 		"proxy.tls.certificate": "c.pem", "proxy.tls.key": "k.pem", "proxy.tls.client_ca": "ca.pem",
 		"proxy.tls.require_client_certificate": "false", "proxy.tls.user_from": "cn", "proxy.tls.min_version": "1.3",
 	}
 	alone := map[string]bool{ // keys that nothing but their default can stand for alone
 		"proxy.auth.required": true, "proxy.tls_listen": true,
-		"proxy.tls.require_client_certificate": true,
+		"proxy.tls.require_client_certificate": true, "dns.tls_listen": true, "dns.https_listen": true,
 	}
 	def := mustLoad(t, "", LoadOptions{})
 	seen := map[string]string{}
@@ -435,6 +443,12 @@ proxy:
 	if c := s.Proxy.TLS; c.Certificate != filepath.Join(dir, "c.pem") || c.Key != "/k.pem" || !c.RequireClient || c.MinVersion != "1.3" || c.UserFrom != "san" {
 		t.Errorf("tls = %+v", c)
 	}
+	mustLoad(t, `
+proxy:
+  auth: {required: true} # by certificates alone
+  tls_listen: [":3129"]
+  tls: {certificate: c.pem, key: k.pem, client_ca: ca.pem, user_from: uri}
+`, LoadOptions{})
 	_, _, err := load(t, `
 proxy:
   auth: {required: true, realm: 'a "quoted" one'}

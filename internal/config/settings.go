@@ -29,9 +29,11 @@ type Settings struct {
 	Node   string `yaml:"node" kind:"node" doc:"Name of this process in events. Empty: the host name."`
 	Proxy  Proxy  `yaml:"proxy" doc:"The explicit forward proxy."`
 	DNS    DNS    `yaml:"dns" doc:"The resolver, which proxy and clients share."`
-	Admin  Admin  `yaml:"admin" doc:"Health, readiness and metrics."`
+	Admin  Admin  `yaml:"admin" doc:"Health, readiness, metrics and the admin API."`
 	Policy Policy `yaml:"policy" doc:"Where the policy comes from."`
 	Log    Log    `yaml:"log" doc:"Events and messages."`
+
+	Discovery Discovery `yaml:"discovery" doc:"What clients ask for is remembered, for sallyport learn and sallyport report."`
 }
 
 // Proxy holds the settings of the forward proxy.
@@ -85,7 +87,7 @@ type TLS struct {
 	Key           string `yaml:"key" kind:"path" doc:"PEM file of the certificate's key; relative to this file."`
 	ClientCA      string `yaml:"client_ca" kind:"path" doc:"PEM file of the authorities that sign client certificates; relative to this file. Empty: clients are asked for none. Revocation is not looked at."`
 	RequireClient bool   `yaml:"require_client_certificate" kind:"bool" doc:"No connection without a client certificate. false: it is taken if there is one."`
-	UserFrom      string `yaml:"user_from" kind:"enum" enum:"san cn" doc:"What in a client certificate names the user. san: the first mail address, or else the first DNS name, of subjectAltName. cn: the common name of the subject."`
+	UserFrom      string `yaml:"user_from" kind:"enum" enum:"san cn uri" doc:"What in a client certificate names the user. san: the first mail address, or else the first DNS name, of subjectAltName. cn: the common name of the subject. uri: the first URI of subjectAltName, such as a SPIFFE ID."`
 	MinVersion    string `yaml:"min_version" kind:"enum" enum:"1.2 1.3" doc:"Lowest TLS version of the listener. What clients speak inside a CONNECT is the policy's to say."`
 }
 
@@ -114,20 +116,33 @@ type Limits struct {
 
 // DNS holds the settings of the resolver.
 type DNS struct {
-	Listen            []string `yaml:"listen" kind:"listen" doc:"Addresses to listen on, host:port, UDP and TCP. []: no resolver for clients; the proxy still resolves by these settings."`
-	Upstreams         []string `yaml:"upstreams" kind:"upstream" doc:"Resolvers to forward to: an address or udp://address:port (then TCP if truncated), tcp://address:port, tls://host#name or https://host/path#name, where #name is the name in the certificate of a host given as an address. []: those of this machine (/etc/resolv.conf)."`
-	UpstreamMode      string   `yaml:"upstream_mode" kind:"enum" enum:"sequential fastest" doc:"Which of several resolvers is asked first: in the order they are listed, or the one that answers fastest. Those that fail come last either way."`
-	Zones             []Zone   `yaml:"zones" doc:"Conditional forwarding: names below a zone go to the zone's own upstreams."`
-	Records           []Record `yaml:"records" doc:"Records answered here, before any upstream is asked."`
-	HostsFile         string   `yaml:"hosts_file" kind:"path" doc:"A hosts file, answered before any upstream, for proxy and resolver alike. Empty: none."`
-	Deny              string   `yaml:"deny" kind:"enum" enum:"refused nxdomain nodata sinkhole" doc:"What a refused query is answered with."`
-	HTTPSRecords      string   `yaml:"https_records" kind:"enum" enum:"pass strip_ech nodata" doc:"HTTPS and SVCB answers: as they are, without ech (so that clients send a readable SNI), or none."`
-	CNAMEs            string   `yaml:"cnames" kind:"enum" enum:"trust inspect" doc:"The names that an allowed name is an alias of: answered whole, or each decided too."`
-	EDNSSize          int      `yaml:"edns_size" kind:"size" min:"512" max:"4096" doc:"Largest UDP message offered and sent, in bytes (RFC 6891). Above 1232 answers may be fragmented."`
-	CaseRandomisation bool     `yaml:"case_randomisation" kind:"bool" doc:"Send names over UDP with letters in random case, and ignore answers that do not repeat it: forged answers are rarer still. Resolvers that do not keep the case are not heard then."`
-	HealthName        string   `yaml:"health_name" kind:"opt_name" doc:"A name that is answered to everybody, whatever the policy and the upstreams say: A 127.0.0.1, AAAA ::1, TXT ok. Empty: none."`
-	SearchDomains     []string `yaml:"search_domains" kind:"name" doc:"Suffixes that clients append while they search, such as cluster.local: unlisted names below them are answered NXDOMAIN, whatever dns.deny says."`
-	Cache             Cache    `yaml:"cache" doc:"Answers kept."`
+	Listen        []string      `yaml:"listen" kind:"listen" doc:"Addresses to listen on, host:port, UDP and TCP. []: no resolver for clients; the proxy still resolves by these settings."`
+	TLSListen     []string      `yaml:"tls_listen" kind:"listen" doc:"Addresses for DNS over TLS (RFC 7858), host:port, usually :853. Needs dns.tls.certificate and dns.tls.key. []: none."`
+	HTTPSListen   []string      `yaml:"https_listen" kind:"listen" doc:"Addresses for DNS over HTTPS (RFC 8484), host:port, with the path /dns-query and HTTP/1.1 or HTTP/2. Needs dns.tls.certificate and dns.tls.key. []: none."`
+	TLS           DNSTLS        `yaml:"tls" doc:"The TLS of tls_listen and https_listen."`
+	ProxyProtocol ProxyProtocol `yaml:"proxy_protocol" doc:"PROXY protocol from load balancers in front of the resolver, over TCP, TLS and HTTPS."`
+
+	Upstreams         []string    `yaml:"upstreams" kind:"upstream" doc:"Resolvers to forward to: an address or udp://address:port (then TCP if truncated), tcp://address:port, tls://host#name or https://host/path#name, where #name is the name in the certificate of a host given as an address. []: those of this machine (/etc/resolv.conf)."`
+	UpstreamMode      string      `yaml:"upstream_mode" kind:"enum" enum:"sequential fastest" doc:"Which of several resolvers is asked first: in the order they are listed, or the one that answers fastest. Those that fail come last either way."`
+	Zones             []Zone      `yaml:"zones" doc:"Conditional forwarding: names below a zone go to the zone's own upstreams."`
+	Records           []Record    `yaml:"records" doc:"Records answered here, before any upstream is asked."`
+	HostsFile         string      `yaml:"hosts_file" kind:"path" doc:"A hosts file, answered before any upstream, for proxy and resolver alike. Empty: none."`
+	Deny              string      `yaml:"deny" kind:"enum" enum:"refused nxdomain nodata sinkhole" doc:"What a refused query is answered with."`
+	HTTPSRecords      string      `yaml:"https_records" kind:"enum" enum:"pass strip_ech nodata" doc:"HTTPS and SVCB answers: as they are, without ech (so that clients send a readable SNI), or none."`
+	CNAMEs            string      `yaml:"cnames" kind:"enum" enum:"trust inspect" doc:"The names that an allowed name is an alias of: answered whole, or each decided too."`
+	EDNSSize          int         `yaml:"edns_size" kind:"size" min:"512" max:"4096" doc:"Largest UDP message offered and sent, in bytes (RFC 6891). Above 1232 answers may be fragmented."`
+	CaseRandomisation bool        `yaml:"case_randomisation" kind:"bool" doc:"Send names over UDP with letters in random case, and ignore answers that do not repeat it: forged answers are rarer still. Resolvers that do not keep the case are not heard then."`
+	HealthName        string      `yaml:"health_name" kind:"opt_name" doc:"A name that is answered to everybody, whatever the policy and the upstreams say: A 127.0.0.1, AAAA ::1, TXT ok. Empty: none."`
+	SearchDomains     []string    `yaml:"search_domains" kind:"name" doc:"Suffixes that clients append while they search, such as cluster.local: unlisted names below them are answered NXDOMAIN, whatever dns.deny says."`
+	Cache             Cache       `yaml:"cache" doc:"Answers kept."`
+	Limits            DNSLimits   `yaml:"limits" doc:"What one client can ask for, and have sent to it."`
+	TunnelGuard       TunnelGuard `yaml:"tunnel_guard" doc:"Looks for data in the names that are asked for."`
+}
+
+// DNSTLS holds the certificate of the resolver's encrypted listeners.
+type DNSTLS struct {
+	Certificate string `yaml:"certificate" kind:"path" doc:"PEM file of the certificate and the chain to its authority; relative to this file. Read again when it changes."`
+	Key         string `yaml:"key" kind:"path" doc:"PEM file of the certificate's key; relative to this file."`
 }
 
 // A Zone forwards the names below it to upstreams of its own.
@@ -156,7 +171,18 @@ type Cache struct {
 
 // Admin holds the settings of the admin server.
 type Admin struct {
-	Listen string `yaml:"listen" kind:"admin" doc:"Address to listen on, host:port. It has no passwords: keep it on loopback or a management network. Empty: none."`
+	Listen      string   `yaml:"listen" kind:"admin" doc:"Address to listen on, host:port. Beyond loopback it needs token_file, or tls.client_ca. Empty: none."`
+	Hosts       []string `yaml:"hosts" kind:"name" doc:"Names, besides localhost, that connections over loopback may ask for; others are refused, so that no web page can reach this server through a name of its own. []: none."`
+	TokenFile   string   `yaml:"token_file" kind:"path" doc:"A file whose first line is the token that every request must carry, as Bearer token or as password of Basic; relative to this file. Read again when it changes. Empty: no token."`
+	OpenMetrics bool     `yaml:"open_metrics" kind:"bool" doc:"/metrics needs neither token nor certificate. /healthz, /readyz and /proxy.pac never do."`
+	TLS         AdminTLS `yaml:"tls" doc:"TLS of the admin server. Its files are read again when they change."`
+}
+
+// AdminTLS holds the certificate of the admin server and whom it takes for an operator.
+type AdminTLS struct {
+	Certificate string `yaml:"certificate" kind:"path" doc:"PEM file of the certificate and the chain to its authority; relative to this file. Empty: no TLS."`
+	Key         string `yaml:"key" kind:"path" doc:"PEM file of the certificate's key; relative to this file."`
+	ClientCA    string `yaml:"client_ca" kind:"path" doc:"PEM file of the authorities that sign operators' certificates; relative to this file. Each request needs such a certificate then, or the token if there is one. Empty: clients are asked for none."`
 }
 
 // Policy says where the policy document comes from.
@@ -168,7 +194,24 @@ type Policy struct {
 // Log says what is written where.
 type Log struct {
 	Format string `yaml:"format" kind:"enum" enum:"json squid aviatrix" doc:"json: every event, one object a line. squid: Squid's native access.log. aviatrix: Aviatrix FQDN log. The last two have no lines for DNS queries, and messages go to stderr."`
-	Output string `yaml:"output" kind:"output" doc:"stdout, stderr or a file, which SIGUSR1 reopens; relative to this file."`
+	Output string `yaml:"output" kind:"output" doc:"stdout, stderr, a file, which SIGUSR1 reopens (relative to this file), or a syslog receiver (RFC 5424): syslog+udp://host:514, syslog+tcp://host:601 or syslog+unix:///dev/log."`
 	DNS    string `yaml:"dns" kind:"enum" enum:"all denied sample" doc:"Which DNS queries are written: every one; those that are denied; or those, and of the allowed ones each source, name, type and response code once a minute. Metrics count every query."`
 	Level  string `yaml:"level" kind:"enum" enum:"debug info warn error" live:"true" doc:"Least important message to write. Events are always written."`
+
+	Facility string `yaml:"facility" kind:"enum" enum:"kern user mail daemon auth syslog lpr news uucp cron authpriv ftp ntp audit alert clock local0 local1 local2 local3 local4 local5 local6 local7" doc:"Facility of syslog messages."`
+	Rotate   Rotate `yaml:"rotate" doc:"When a log file is put aside and a new one begun. Not for other outputs."`
+}
+
+// Rotate says when a log file is put aside.
+type Rotate struct {
+	Size     int64 `yaml:"size" kind:"size" max:"1024GiB" doc:"A file that would grow larger is put aside, in bytes. 0: never; leave that to logrotate and SIGUSR1."`
+	Keep     int   `yaml:"keep" kind:"count" min:"1" max:"1000" doc:"Files put aside that are kept: FILE.1 is the youngest."`
+	Compress bool  `yaml:"compress" kind:"bool" doc:"Compress files put aside with gzip: FILE.1.gz."`
+}
+
+// Discovery says what is remembered of what clients ask for.
+type Discovery struct {
+	Store     string        `yaml:"store" kind:"path" doc:"A file that keeps it over restarts; relative to this file. Its folder must exist and be writable. Empty: memory alone."`
+	Entries   int           `yaml:"entries" kind:"count" max:"5000000" doc:"How many destinations are remembered, each with group, port, protocol and outcome, some 280 bytes each; for more those that are asked for least make room. 0: nothing is remembered."`
+	Retention time.Duration `yaml:"retention" kind:"duration" min:"1d" max:"3650d" doc:"How long days are told apart, and how long a destination is remembered after it was last asked for."`
 }

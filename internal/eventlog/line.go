@@ -8,8 +8,6 @@ import (
 	"unicode"
 	"unicode/utf8"
 
-	"github.com/rs/zerolog"
-
 	"sallyport/policy/event"
 )
 
@@ -31,6 +29,8 @@ const (
 	maxUser   = 256
 	maxAgent  = 1024
 	maxError  = 4096
+	maxPath   = 8192
+	maxType   = 128
 	maxALPN   = 64 // each
 	maxAnswer = 300
 	maxALPNs  = 8 // in number
@@ -42,164 +42,187 @@ const (
 // Of a Config event, Name says what was loaded (policy or settings), Decision.Revision
 // what is in force, and Error what was wrong; without an Error the load went well.
 func (w *Writer) Observe(ev *event.Event) {
+	if ev.Kind == event.DNS && w.format != JSON { // neither format knows DNS
+		return
+	}
+	to := w.events
+	if ev.Kind == event.Config {
+		to = w.messages
+	}
+	b := getScratch()
+	line := (*b)[:0]
+	if w.syslog != nil && to == w.events {
+		line = w.syslog.append(line, severityOf(ev), ev.Time, string(ev.Kind))
+	}
 	switch {
 	case ev.Kind == event.Config:
-		w.observeConfig(ev)
-	case w.format == JSON && ev.Kind == event.DNS:
-		w.observeQuery(ev)
-	case w.format == JSON:
-		w.observeJSON(ev)
-	case ev.Kind == event.DNS: // neither format knows DNS
+		line = appendConfig(line, ev, w.node)
+	case w.format == Squid:
+		line = appendSquid(line, ev)
+	case w.format == Aviatrix:
+		line = appendAviatrix(line, ev, w.node)
 	default:
-		b := getScratch()
-		line := (*b)[:0]
-		if w.format == Squid {
-			line = appendSquid(line, ev)
-		} else {
-			line = appendAviatrix(line, ev, w.node)
-		}
-		_, _ = w.events.Write(line)
-		putScratch(b, line)
+		line = appendJSON(line, ev, w.node)
 	}
+	to.put(line)
+	putScratch(b, line)
 }
 
-func (w *Writer) observeConfig(ev *event.Event) {
-	e := w.config.Log()
-	appendTime(e, ev.Time)
-	e.Str("event", string(ev.Kind))
-	text(e, "node", w.node, maxNode)
-	text(e, "what", ev.Name, maxShort)
-	e.Bool("ok", ev.Error == "")
-	text(e, "policy", ev.Decision.Revision, maxPolicy)
-	text(e, "error", ev.Error, maxError)
-	e.Send()
+func appendConfig(dst []byte, ev *event.Event, node string) []byte {
+	dst = append(dst, `{"time":`...)
+	dst = appendStamp(dst, ev.Time)
+	dst = append(dst, `,"event":"config"`...)
+	dst = appendText(dst, `,"node":`, node, maxNode)
+	dst = appendText(dst, `,"what":`, ev.Name, maxShort)
+	dst = strconv.AppendBool(append(dst, `,"ok":`...), ev.Error == "")
+	dst = appendText(dst, `,"policy":`, ev.Decision.Revision, maxPolicy)
+	dst = appendText(dst, `,"error":`, ev.Error, maxError)
+	return append(dst, '}', '\n')
 }
 
-// observeJSON writes the keys that the contract names, in its order. A key whose
+// appendJSON appends the keys that the contract names, in its order. A key whose
 // value is not known, or cannot be for this kind of event, is left out.
-func (w *Writer) observeJSON(ev *event.Event) {
+func appendJSON(dst []byte, ev *event.Event, node string) []byte {
 	d := &ev.Decision
-	e := w.lines.Log()
-	appendTime(e, ev.Time)
-	e.Str("event", string(ev.Kind))
-	text(e, "id", ev.ID, maxID)
-	text(e, "node", w.node, maxNode)
+	dst = append(dst, `{"time":`...)
+	dst = appendStamp(dst, ev.Time)
+	dst = appendText(dst, `,"event":`, string(ev.Kind), maxShort)
+	dst = appendText(dst, `,"id":`, ev.ID, maxID)
+	dst = appendText(dst, `,"node":`, node, maxNode)
 	if ev.Source.IsValid() {
-		address(e, "src", ev.Source.Addr())
-		e.Uint16("src_port", ev.Source.Port())
+		dst = appendAddress(dst, `,"src":`, ev.Source.Addr())
+		dst = appendNumber(dst, `,"src_port":`, int64(ev.Source.Port()))
 	}
-	text(e, "vpc_endpoint", ev.VPCEndpoint, maxVPC)
+	dst = appendText(dst, `,"vpc_endpoint":`, ev.VPCEndpoint, maxVPC)
 	if d.Group != "" {
-		text(e, "group", d.Group, maxGroup)
-		e.Str("mode", d.Mode.String())
+		dst = appendText(dst, `,"group":`, d.Group, maxGroup)
+		dst = appendText(dst, `,"mode":`, d.Mode.String(), maxShort)
 	}
-	text(e, "listener", ev.Listener, maxShort)
-	text(e, "method", ev.Method, maxMethod)
-	text(e, "name", ev.Name, maxName)
+	dst = appendText(dst, `,"listener":`, ev.Listener, maxShort)
+	dst = appendText(dst, `,"method":`, ev.Method, maxMethod)
+	dst = appendText(dst, `,"name":`, ev.Name, maxName)
 	if ev.Port != 0 {
-		e.Uint16("port", ev.Port)
+		dst = appendNumber(dst, `,"port":`, int64(ev.Port))
 	}
-	hello(e, ev)
-	e.Str("verdict", d.Verdict.String())
-	text(e, "reason", d.Reason.String(), maxShort)
-	text(e, "rule", d.Rule, maxRule)
-	text(e, "policy", d.Revision, maxPolicy)
-	if ev.Destination.IsValid() {
-		address(e, "dst", ev.Destination.Addr())
-	}
-	text(e, "parent", ev.Parent, maxAnswer)
-	if ev.Status != 0 {
-		e.Int("status", ev.Status)
-	}
-	text(e, "qtype", ev.QType, maxShort)
-	text(e, "rcode", ev.RCode, maxShort)
-	list(e, "answers", ev.Answers, maxListed, maxAnswer)
 	if ev.Kind != event.DNS {
-		e.Int64("bytes_up", ev.BytesUp).Int64("bytes_down", ev.BytesDown)
+		dst = appendHello(dst, ev)
 	}
-	millis(e, "duration_ms", ev.Duration)
+	dst = appendText(dst, `,"verdict":`, d.Verdict.String(), maxShort)
+	dst = appendText(dst, `,"reason":`, d.Reason.String(), maxShort)
+	dst = appendText(dst, `,"rule":`, d.Rule, maxRule)
+	dst = appendText(dst, `,"policy":`, d.Revision, maxPolicy)
+	if ev.Destination.IsValid() {
+		dst = appendAddress(dst, `,"dst":`, ev.Destination.Addr())
+	}
+	dst = appendText(dst, `,"parent":`, ev.Parent, maxAnswer)
+	if ev.Status != 0 {
+		dst = appendNumber(dst, `,"status":`, int64(ev.Status))
+	}
+	dst = appendText(dst, `,"qtype":`, ev.QType, maxShort)
+	dst = appendText(dst, `,"rcode":`, ev.RCode, maxShort)
+	dst = appendList(dst, `,"answers":`, ev.Answers, maxListed, maxAnswer)
+	if ev.Kind != event.DNS {
+		dst = appendNumber(dst, `,"bytes_up":`, ev.BytesUp)
+		dst = appendNumber(dst, `,"bytes_down":`, ev.BytesDown)
+	}
+	dst = appendMillis(append(dst, `,"duration_ms":`...), ev.Duration)
 	if ev.DNSTime > 0 {
-		millis(e, "dns_ms", ev.DNSTime)
+		dst = appendMillis(append(dst, `,"dns_ms":`...), ev.DNSTime)
 	}
 	if ev.ConnTime > 0 {
-		millis(e, "connect_ms", ev.ConnTime)
+		dst = appendMillis(append(dst, `,"connect_ms":`...), ev.ConnTime)
 	}
-	text(e, "user", ev.User, maxUser)
-	text(e, "user_agent", ev.UserAgent, maxAgent)
-	text(e, "error", ev.Error, maxError)
-	e.Send()
+	dst = appendText(dst, `,"user":`, ev.User, maxUser)
+	dst = appendText(dst, `,"user_agent":`, ev.UserAgent, maxAgent)
+	dst = appendText(dst, `,"error":`, ev.Error, maxError)
+	return append(dst, '}', '\n')
 }
 
-// hello writes the facts of a ClientHello, if one was read.
-func hello(e *zerolog.Event, ev *event.Event) {
-	text(e, "sni", ev.SNI, maxSNI)
-	list(e, "alpn", ev.ALPN, maxALPNs, maxALPN)
+// appendHello appends the facts of a ClientHello, if one was read.
+func appendHello(dst []byte, ev *event.Event) []byte {
+	dst = appendText(dst, `,"sni":`, ev.SNI, maxSNI)
+	dst = appendList(dst, `,"alpn":`, ev.ALPN, maxALPNs, maxALPN)
 	if ev.TLSVersion != 0 || ev.ECH {
-		e.Bool("ech", ev.ECH)
-		e.Bool("post_quantum", ev.PostQuantum)
+		dst = strconv.AppendBool(append(dst, `,"ech":`...), ev.ECH)
+		dst = strconv.AppendBool(append(dst, `,"post_quantum":`...), ev.PostQuantum)
 	}
 	switch v := ev.TLSVersion; {
 	case v == 0:
 	case v > 0x0300 && v <= 0x0304:
-		e.Str("tls_version", [...]string{"1.0", "1.1", "1.2", "1.3"}[v-0x0301])
+		dst = append(append(dst, `,"tls_version":"1.`...), '0'+byte(v-0x0301), '"')
 	default:
-		e.Str("tls_version", "0x"+strconv.FormatUint(uint64(v), 16))
+		dst = append(strconv.AppendUint(append(dst, `,"tls_version":"0x`...), uint64(v), 16), '"')
 	}
-	text(e, "ja4", ev.JA4, maxShort)
+	return appendText(dst, `,"ja4":`, ev.JA4, maxShort)
 }
 
-// millis writes d in milliseconds, to the microsecond.
-func millis(e *zerolog.Event, key string, d time.Duration) {
-	var b [24]byte
-	e.RawJSON(key, appendMillis(b[:0], d))
-}
-
-// appendTime writes t in RFC 3339 with milliseconds, in UTC.
-func appendTime(e *zerolog.Event, t time.Time) {
-	var b [40]byte
-	e.RawJSON("time", appendStamp(b[:0], t))
-}
-
-func address(e *zerolog.Event, key string, a netip.Addr) {
-	if a.Zone() != "" {
-		text(e, key, a.String(), maxShort)
-		return
+// appendText appends a key and s in at most limit bytes and the quotes; nothing if s is empty.
+func appendText(dst []byte, key, s string, limit int) []byte {
+	if s == "" { // most are, and this much is inlined
+		return dst
 	}
-	var b [64]byte
-	q := append(b[:0], '"')
-	q = a.AppendTo(q)
-	e.RawJSON(key, append(q, '"'))
+	return appendKeyed(dst, key, s, limit)
 }
 
-// text writes s in at most limit bytes and the quotes; nothing if s is empty.
-func text(e *zerolog.Event, key, s string, limit int) {
-	switch {
-	case s == "":
-	case len(s) <= min(limit, shortText) && plain(s): // nearly always
-		var b [shortText + 2]byte
-		q := append(append(b[:0], '"'), s...)
-		e.RawJSON(key, append(q, '"'))
-	default:
-		b := getScratch()
-		q := appendQuoted((*b)[:0], s, limit)
-		e.RawJSON(key, q)
-		putScratch(b, q)
+func appendKeyed(dst []byte, key, s string, limit int) []byte {
+	dst = append(dst, key...)
+	if len(s) <= limit && plain(s) {
+		return append(append(append(dst, '"'), s...), '"')
 	}
+	return appendQuoted(dst, s, limit)
 }
 
-// list writes the first few of items as an array; nothing if there are none.
-func list(e *zerolog.Event, key string, items []string, most, limit int) {
+func appendNumber(dst []byte, key string, n int64) []byte {
+	return strconv.AppendInt(append(dst, key...), n, 10)
+}
+
+// appendAddress appends a key and a.
+func appendAddress(dst []byte, key string, a netip.Addr) []byte {
+	if dst = append(dst, key...); a.Zone() != "" {
+		return appendQuoted(dst, a.String(), maxShort)
+	}
+	return append(a.AppendTo(append(dst, '"')), '"')
+}
+
+// appendStamp appends t in RFC 3339 with milliseconds, in UTC, and in quotes.
+func appendStamp(dst []byte, t time.Time) []byte {
+	return append(appendTime(append(dst, '"'), t), '"')
+}
+
+func appendTime(dst []byte, t time.Time) []byte {
+	t = t.UTC()
+	dst = t.AppendFormat(dst, time.RFC3339) // this layout has a fast path
+	ms := t.Nanosecond() / 1_000_000
+	return append(dst[:len(dst)-1], '.', byte('0'+ms/100), byte('0'+ms/10%10), byte('0'+ms%10), 'Z')
+}
+
+// appendMillis appends d in milliseconds, to the microsecond.
+func appendMillis(dst []byte, d time.Duration) []byte {
+	us := max(d, 0).Microseconds()
+	dst = strconv.AppendInt(dst, us/1000, 10)
+	if f := us % 1000; f != 0 {
+		dst = append(dst, '.', byte('0'+f/100), byte('0'+f/10%10), byte('0'+f%10))
+		for dst[len(dst)-1] == '0' {
+			dst = dst[:len(dst)-1]
+		}
+	}
+	return dst
+}
+
+// appendList appends a key and the first few of items as an array; nothing if there are none.
+func appendList(dst []byte, key string, items []string, most, limit int) []byte {
 	if len(items) == 0 {
-		return
+		return dst
 	}
-	b := getScratch()
-	q := appendList((*b)[:0], items, most, limit)
-	e.RawJSON(key, q)
-	putScratch(b, q)
+	dst = append(append(dst, key...), '[')
+	for i, s := range items[:min(len(items), most)] {
+		if i > 0 {
+			dst = append(dst, ',')
+		}
+		dst = appendQuoted(dst, s, limit)
+	}
+	return append(dst, ']')
 }
-
-// shortText is the length up to which a text is quoted on the stack.
-const shortText = 126
 
 // plain reports whether s needs no escaping.
 func plain(s string) bool {

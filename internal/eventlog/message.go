@@ -18,8 +18,13 @@ type stamp struct{ node string }
 
 // Run implements zerolog.Hook.
 func (s stamp) Run(e *zerolog.Event, _ zerolog.Level, _ string) {
-	appendTime(e, time.Now())
-	text(e, "node", s.node, maxNode)
+	b := getScratch()
+	t := appendStamp((*b)[:0], time.Now())
+	e.RawJSON("time", t)
+	if s.node != "" {
+		e.RawJSON("node", appendQuoted(t[len(t):], s.node, maxNode))
+	}
+	putScratch(b, t)
 }
 
 // messageWriter queues messages that are important enough.
@@ -34,12 +39,17 @@ func (m messageWriter) WriteLevel(l zerolog.Level, p []byte) (int, error) {
 		return len(p), nil
 	}
 	b := getScratch()
-	line := appendSafe((*b)[:0], p)
-	if len(line) > maxLine {
-		line = appendQuoted(append(line[:0], `{"level":"error","message":"a message was too long","clipped":`...), string(p), maxLine/2)
+	line := (*b)[:0]
+	if m.w.syslog != nil && m.w.messages == m.w.events {
+		line = m.w.syslog.append(line, severityOfLevel(l), time.Now(), "message")
+	}
+	head := len(line)
+	line = appendSafe(line, p)
+	if len(line)-head > maxLine {
+		line = appendQuoted(append(line[:head], `{"level":"error","message":"a message was too long","clipped":`...), string(p), maxLine/2)
 		line = append(line, "}\n"...)
 	}
-	_, _ = m.w.messages.Write(line)
+	m.w.messages.put(line)
 	putScratch(b, line)
 	return len(p), nil
 }

@@ -7,15 +7,19 @@
 package metrics
 
 import (
+	"maps"
 	"net/http"
 	"runtime"
+	"slices"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	dto "github.com/prometheus/client_model/go"
 
 	"sallyport/policy"
 	"sallyport/policy/event"
@@ -31,7 +35,14 @@ type ResolverStats struct {
 	Failures     uint64 // exchanges with upstreams that ended without an answer
 	Ignored      uint64 // packets from upstreams that answer no query under way
 	Prefetched   uint64 // questions asked because an answer in use was about to expire
+	Limited      []Limited
 	Upstreams    []UpstreamStats
+}
+
+// Limited is what one of the resolver's limits has done. Limit and Action are closed sets.
+type Limited struct {
+	Limit, Action string
+	Count         uint64
 }
 
 // UpstreamStats are one upstream's numbers. Zone, Index and Upstream tell it from all others.
@@ -47,10 +58,23 @@ type UpstreamStats struct {
 
 // ProxyStats are the proxy's numbers.
 type ProxyStats struct {
+	Connections  int    // of clients, open now, tunnels included
 	Tunnels      int    // open now
+	MaxTunnels   int    // how many may be open; 0: no limit
 	Up, Down     int64  // bytes relayed since the start, of live connections too
 	AcceptErrors uint64 // failed accepts since the start
 	AcceptPauses uint64 // how often accepting paused since then
+	Panics       uint64 // connections closed because of a mistake in the program, since then
+
+	Handshakes        map[string]uint64 // TLS handshakes of clients that failed since then, by cause, a closed set
+	CertificateExpiry time.Time         // of the TLS listener; zero: it has none
+}
+
+// LogStats are the log's numbers.
+type LogStats struct {
+	Dropped uint64 // lines lost since the start
+	Lines   int    // waiting to be written
+	Bytes   int    // of these
 }
 
 // Options say where the numbers come from that events do not tell. A nil func
@@ -59,7 +83,9 @@ type Options struct {
 	Version, Revision string // of the program
 	Proxy             func() ProxyStats
 	Resolver          func() ResolverStats
-	LogDropped        func() uint64 // log lines lost, since the start
+	Policy            func() PolicyStats
+	Log               func() LogStats
+	Ready             func() bool // traffic may be sent here
 }
 
 // Metrics counts. It is an [event.Observer] that neither blocks nor allocates.
@@ -69,8 +95,10 @@ type Metrics struct {
 
 	current atomic.Pointer[table]
 	queries [verdicts][len(qtypes) + 1][len(rcodes) + 1]atomic.Uint64
-	connect prometheus.Histogram
 	reload  atomic.Pointer[reload]
+	reloads reloads
+
+	connect, resolve, tunnel, load *histogram
 }
 
 var _ event.Observer = (*Metrics)(nil)
@@ -80,21 +108,24 @@ func New(o Options) *Metrics {
 	m := &Metrics{
 		options:  o,
 		registry: prometheus.NewRegistry(),
-		connect: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name:    "sallyport_connect_duration_seconds",
-			Help:    "Time to connect to a destination, after its name was resolved.",
-			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
-		}),
+		connect:  newHistogram("connect_duration_seconds", "Time to connect to a destination, after its name was resolved.", connectBuckets),
+		resolve:  newHistogram("resolve_duration_seconds", "Time to resolve the name of a connection or request of the proxy, the cache included.", resolveBuckets),
+		tunnel:   newHistogram("tunnel_duration_seconds", "Life of a tunnel, from its request to its end.", tunnelBuckets),
+		load:     newHistogram("policy_load_duration_seconds", "Time to read and compile a policy, and to put it in force or refuse it.", loadBuckets),
 	}
 	m.current.Store(newTable("", nil, nil))
-	m.registry.MustRegister(m.connect, collector{m}, collectors.NewGoCollector(),
+	m.registry.MustRegister(m.connect, m.resolve, m.tunnel, m.load, collector{m},
+		collectors.NewGoCollector(collectors.WithGoCollectorRuntimeMetrics(collectors.MetricsScheduler)),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 
-// Handler serves the metrics.
+// Handler serves the metrics, in the format that is asked for: Prometheus' text, its
+// protocol buffers, or OpenMetrics, which alone has room for exemplars.
 func (m *Metrics) Handler() http.Handler {
-	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 10 * time.Second})
+	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{
+		MaxRequestsInFlight: 4, Timeout: 10 * time.Second, EnableOpenMetrics: true,
+	})
 }
 
 // SetPolicy says which policy is in force. The decisions counted for groups that
@@ -112,9 +143,17 @@ type reload struct {
 // SetReload says how the last attempt to load a policy ended.
 func (m *Metrics) SetReload(ok bool, at time.Time) { m.reload.Store(&reload{ok, at}) }
 
+// Loaded counts the policy that the program started with, which took d to load; of
+// every later one there is an Event.
+func (m *Metrics) Loaded(d time.Duration) { m.load.observe(&event.Event{}, d) }
+
 // Observe implements event.Observer.
 func (m *Metrics) Observe(ev *event.Event) {
 	if ev.Kind == event.Config {
+		m.reloads.count(ev)
+		if ev.Name == "policy" {
+			m.load.observe(ev, ev.Duration)
+		}
 		return
 	}
 	d := &ev.Decision
@@ -123,15 +162,22 @@ func (m *Metrics) Observe(ev *event.Event) {
 		m.queries[verdict(d.Verdict)][indexOf(qtypes[:], ev.QType)][indexOf(rcodes[:], ev.RCode)].Add(1)
 		return
 	}
-	if ev.ConnTime > 0 {
-		m.connect.Observe(ev.ConnTime.Seconds())
+	m.connect.observe(ev, ev.ConnTime)
+	m.resolve.observe(ev, ev.DNSTime)
+	if ev.Kind == event.Connect && ev.Status == http.StatusOK {
+		m.tunnel.observe(ev, ev.Duration)
 	}
 }
 
-// CountQuery counts a DNS query of a type that was answered with an RCODE as d says,
-// just as Observe counts its Event. Of those two a query is for one.
-func (m *Metrics) CountQuery(d *policy.Decision, qtype uint16, rcode int) {
-	m.current.Load().countAs(listenerDNS, d)
+// CountQuery counts a DNS query of a type that came in by listener and was answered
+// with an RCODE as d says, just as Observe counts its Event. Of those two a query is
+// for one.
+func (m *Metrics) CountQuery(listener string, d *policy.Decision, qtype uint16, rcode int) {
+	l := listenerDNS // nearly always
+	if listener != "dns" {
+		l = indexOf(listeners[:], listener)
+	}
+	m.current.Load().countAs(l, d)
 	q, r := len(qtypes), len(rcodes)
 	if int(qtype) < len(qtypeIndex) {
 		q = int(qtypeIndex[qtype])
@@ -148,7 +194,7 @@ const other = "other"
 const verdicts = 3
 
 var (
-	listeners = [...]string{"proxy", "proxy_tls", "dns", "transparent"}
+	listeners = [...]string{"proxy", "proxy_tls", "dns", "transparent", "dns_tls", "dns_https"}
 	qtypes    = [...]string{"A", "AAAA", "HTTPS", "SVCB", "CNAME", "TXT", "SRV", "MX", "NS", "SOA", "PTR", "CAA",
 		"DS", "DNSKEY", "NAPTR", "TLSA", "SSHFP", "URI", "NULL", "ANY", "AXFR", "IXFR"}
 	rcodes = [...]string{"NOERROR", "FORMERR", "SERVFAIL", "NXDOMAIN", "NOTIMP", "REFUSED", "BADVERS"}
@@ -219,11 +265,12 @@ type counts [len(listeners) + 1][verdicts][maxReasons]atomic.Uint64
 type table struct {
 	revision string
 	groups   map[string]*counts // "" is no group, or one that is gone
+	sorted   []string           // their names
 }
 
 // newTable returns a table for groups that goes on with the counts that old has of them.
 func newTable(revision string, groups []string, old *table) *table {
-	t := &table{revision, make(map[string]*counts, len(groups)+1)}
+	t := &table{revision: revision, groups: make(map[string]*counts, len(groups)+1)}
 	for _, g := range append([]string{""}, groups...) {
 		if old != nil {
 			t.groups[g] = old.groups[g]
@@ -232,6 +279,7 @@ func newTable(revision string, groups []string, old *table) *table {
 			t.groups[g] = new(counts)
 		}
 	}
+	t.sorted = slices.Sorted(maps.Keys(t.groups))
 	return t
 }
 
@@ -260,6 +308,7 @@ var (
 	malformedDesc  = desc("dns_malformed_total", "Packets that are no query to answer.")
 	failuresDesc   = desc("dns_upstream_failures_total", "Exchanges with upstreams that ended without an answer.")
 	ignoredDesc    = desc("dns_upstream_ignored_total", "Packets from upstreams' addresses that answer no query under way: forged, or too late.")
+	limitedDesc    = desc("dns_limited_total", "Queries and answers that a limit of the resolver was applied to.", "limit", "action")
 	prefetchDesc   = desc("dns_prefetch_total", "Questions asked because an answer in use was about to expire.")
 	upDesc         = desc("dns_upstream_up", "Whether an upstream answered lately, or has not been asked yet.", "zone", "index", "upstream")
 	rttDesc        = desc("dns_upstream_rtt_seconds", "Smoothed time of an exchange with an upstream.", "zone", "index", "upstream")
@@ -268,6 +317,14 @@ var (
 	reloadDesc     = desc("policy_last_reload_success", "Whether the last attempt to load a policy succeeded.")
 	reloadAtDesc   = desc("policy_last_reload_timestamp_seconds", "When a policy was last loaded or refused, in Unix time.")
 	droppedDesc    = desc("log_dropped_total", "Log lines lost because the output was too slow or failed.")
+	logLinesDesc   = desc("log_queue_lines", "Log lines waiting to be written.")
+	logBytesDesc   = desc("log_queue_bytes", "Size of the log lines waiting to be written.")
+	readyDesc      = desc("ready", "Whether traffic may be sent here: a policy is in force, the listeners are up, an upstream answers, and no drain is under way.")
+	connsDesc      = desc("connections", "Connections of clients open now, tunnels included.")
+	limitDesc      = desc("tunnels_limit", "How many tunnels may be open.")
+	panicsDesc     = desc("panics_total", "Connections closed because of a mistake in the program.")
+	handshakesDesc = desc("tls_handshake_failures_total", "TLS handshakes of clients with the proxy that failed.", "cause")
+	certDesc       = desc("tls_certificate_expiry_timestamp_seconds", "When the certificate of the TLS listener expires, in Unix time.")
 	buildDesc      = desc("build_info", "The program, always 1.", "version", "revision", "goversion")
 )
 
@@ -282,8 +339,10 @@ type collector struct{ m *Metrics }
 // Describe implements prometheus.Collector.
 func (collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{decisionsDesc, tunnelsDesc, bytesDesc, acceptErrDesc, acceptStopDesc, queriesDesc, cacheDesc, dnsDroppedDesc, malformedDesc, failuresDesc,
-		ignoredDesc, prefetchDesc, upDesc, rttDesc, exchangesDesc,
-		policyDesc, reloadDesc, reloadAtDesc, droppedDesc, buildDesc} {
+		ignoredDesc, prefetchDesc, limitedDesc, upDesc, rttDesc, exchangesDesc,
+		policyDesc, reloadDesc, reloadAtDesc, droppedDesc, buildDesc,
+		connsDesc, limitDesc, panicsDesc, handshakesDesc, certDesc, logLinesDesc, logBytesDesc, readyDesc,
+		reloadsDesc, groupsDesc, rulesDesc, namesDesc, loadedDesc, lastGoodDesc, nextExpiryDesc, observeUntilDesc} {
 		ch <- d
 	}
 }
@@ -298,18 +357,22 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
 	}
 	t := m.current.Load()
-	t.collect(counter)
+	t.collect(ch)
 	m.collectQueries(counter)
 	if t.revision != "" {
 		gauge(policyDesc, 1, t.revision)
 	}
 	if r := m.reload.Load(); r != nil {
-		ok := 0.0
-		if r.ok {
-			ok = 1
-		}
-		gauge(reloadDesc, ok)
-		gauge(reloadAtDesc, float64(r.at.UnixNano())/1e9)
+		gauge(reloadDesc, truth(r.ok))
+		gauge(reloadAtDesc, unix(r.at))
+	}
+	m.reloads.collect(counter)
+	if o.Policy != nil {
+		s := o.Policy()
+		s.collect(gauge)
+	}
+	if o.Ready != nil {
+		gauge(readyDesc, truth(o.Ready()))
 	}
 	if o.Proxy != nil {
 		s := o.Proxy()
@@ -318,6 +381,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		counter(bytesDesc, uint64(s.Down), "down")
 		counter(acceptErrDesc, s.AcceptErrors)
 		counter(acceptStopDesc, s.AcceptPauses)
+		s.collectMore(counter, gauge)
 	}
 	if o.Resolver != nil {
 		s := o.Resolver()
@@ -329,25 +393,42 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		counter(failuresDesc, s.Failures)
 		counter(ignoredDesc, s.Ignored)
 		counter(prefetchDesc, s.Prefetched)
+		for _, l := range s.Limited {
+			counter(limitedDesc, l.Count, l.Limit, l.Action)
+		}
 		for _, u := range s.Upstreams {
 			u.collect(counter, gauge)
 		}
 	}
-	if o.LogDropped != nil {
-		counter(droppedDesc, o.LogDropped())
+	if o.Log != nil {
+		s := o.Log()
+		counter(droppedDesc, s.Dropped)
+		gauge(logLinesDesc, float64(s.Lines))
+		gauge(logBytesDesc, float64(s.Bytes))
 	}
 	gauge(buildDesc, 1, o.Version, o.Revision, runtime.Version())
 }
 
+// collectMore emits the rest.
+func (s *ProxyStats) collectMore(counter emit, gauge emitGauge) {
+	gauge(connsDesc, float64(s.Connections))
+	if s.MaxTunnels > 0 {
+		gauge(limitDesc, float64(s.MaxTunnels))
+	}
+	counter(panicsDesc, s.Panics)
+	for cause, n := range s.Handshakes {
+		counter(handshakesDesc, n, cause)
+	}
+	if !s.CertificateExpiry.IsZero() {
+		gauge(certDesc, unix(s.CertificateExpiry))
+	}
+}
+
 // collect emits what there is to say about an upstream. Its labels come from the
 // settings, or from resolv.conf.
-func (u UpstreamStats) collect(counter emit, gauge func(*prometheus.Desc, float64, ...string)) {
+func (u UpstreamStats) collect(counter emit, gauge emitGauge) {
 	labels := []string{u.Zone, strconv.Itoa(u.Index), u.Upstream}
-	up := 0.0
-	if u.Up {
-		up = 1
-	}
-	gauge(upDesc, up, labels...)
+	gauge(upDesc, truth(u.Up), labels...)
 	if u.RTT > 0 {
 		gauge(rttDesc, u.RTT.Seconds(), labels...)
 	}
@@ -358,18 +439,37 @@ func (u UpstreamStats) collect(counter emit, gauge func(*prometheus.Desc, float6
 
 type emit func(d *prometheus.Desc, n uint64, labels ...string)
 
-func (t *table) collect(counter emit) {
-	for group, c := range t.groups {
-		for l := range c {
-			for v := range c[l] {
-				for r := range c[l][v] {
+// collect emits in the order in which the registry wants them, group, listener, reason,
+// verdict, so that it has nothing to sort.
+func (t *table) collect(ch chan<- prometheus.Metric) {
+	for _, group := range t.sorted {
+		c, name := t.groups[group], pair("group", group)
+		for _, l := range sortedListeners {
+			for _, r := range sortedReasons {
+				for _, v := range sortedVerdicts {
 					if n := c[l][v][r].Load(); n > 0 {
-						counter(decisionsDesc, n, label(listeners[:], l), group, policy.Verdict(v).String(), policy.Reason(r).String())
+						ch <- &sample{labels: [...]*dto.LabelPair{name, listenerLabels[l], reasonLabels[r], verdictLabels[v]}, value: float64(n)}
 					}
 				}
 			}
 		}
 	}
+}
+
+// The indices of listeners, reasons and verdicts in the order of their labels.
+var (
+	sortedListeners = sortedIndices(len(listeners)+1, func(i int) string { return label(listeners[:], i) })
+	sortedReasons   = sortedIndices(maxReasons, func(i int) string { return policy.Reason(i).String() })
+	sortedVerdicts  = sortedIndices(verdicts, func(i int) string { return policy.Verdict(i).String() })
+)
+
+func sortedIndices(n int, label func(int) string) []int {
+	all := make([]int, n)
+	for i := range all {
+		all[i] = i
+	}
+	slices.SortStableFunc(all, func(a, b int) int { return strings.Compare(label(a), label(b)) })
+	return all
 }
 
 func (m *Metrics) collectQueries(counter emit) {

@@ -50,11 +50,17 @@ func TestScrape(t *testing.T) {
 	m := New(Options{
 		Version: "v1", Revision: "0123abc",
 		Proxy: func() ProxyStats {
-			return ProxyStats{Tunnels: 3, Up: 40, Down: 800, AcceptErrors: 11, AcceptPauses: 12}
+			return ProxyStats{Connections: 6, MaxTunnels: 100, Panics: 2, Handshakes: map[string]uint64{"timeout": 7}, CertificateExpiry: time.Unix(1800000000, 0),
+				Tunnels: 3, Up: 40, Down: 800, AcceptErrors: 11, AcceptPauses: 12}
 		},
-		LogDropped: func() uint64 { return 4 },
+		Log: func() LogStats { return LogStats{Dropped: 4, Lines: 5, Bytes: 600} },
+		Policy: func() PolicyStats {
+			return PolicyStats{Groups: 1, Rules: 2, Names: 3, LoadedAt: time.Unix(1600000000, 0), LastGood: true, NextExpiry: time.Unix(1900000000, 0),
+				Observing: []Observing{{"legacy", time.Unix(1800000001, 0)}}}
+		},
+		Ready: func() bool { return true },
 		Resolver: func() ResolverStats {
-			return ResolverStats{Hits: 5, Misses: 6, Stale: 7, Dropped: 8, Malformed: 9, Failures: 10, Ignored: 11, Prefetched: 12, Upstreams: []UpstreamStats{
+			return ResolverStats{Hits: 5, Misses: 6, Stale: 7, Dropped: 8, Malformed: 9, Failures: 10, Ignored: 11, Prefetched: 12, Limited: []Limited{{"queries", "dropped", 13}}, Upstreams: []UpstreamStats{
 				{Upstream: "192.0.2.53", Up: true, RTT: 20 * time.Millisecond, Queries: 5, Failures: 2}, {Zone: "corp.test", Index: 1, Upstream: "tcp://10.0.0.53", Queries: 1, Failures: 1},
 			}}
 		},
@@ -67,9 +73,13 @@ func TestScrape(t *testing.T) {
 	m.Observe(connect("", policy.Deny, policy.ReasonUnmatchedSource))
 	m.Observe(query("A", "REFUSED"))
 	m.Observe(query("TYPE65400", "RCODE4095"))
-	m.Observe(&event.Event{Kind: event.Config, Name: "policy"})
+	m.Observe(&event.Event{Kind: event.Config, Name: "policy", Duration: 250 * time.Millisecond})
+	m.Observe(&event.Event{Kind: event.Config, Name: "settings", Error: "no"})
+	ended := connect("ci", policy.Allow, policy.ReasonMatched)
+	ended.Status, ended.DNSTime, ended.Duration = 200, 2*time.Millisecond, time.Minute
+	m.Observe(ended)
 	want := map[string]string{
-		`sallyport_decisions_total{group="ci",listener="proxy",reason="matched",verdict="allow"}`:       "2",
+		`sallyport_decisions_total{group="ci",listener="proxy",reason="matched",verdict="allow"}`:       "3",
 		`sallyport_decisions_total{group="ci",listener="proxy",reason="not_listed",verdict="observe"}`:  "1",
 		`sallyport_decisions_total{group="ci",listener="dns",reason="not_listed",verdict="deny"}`:       "2",
 		`sallyport_decisions_total{group="",listener="proxy",reason="unmatched_source",verdict="deny"}`: "1",
@@ -78,8 +88,40 @@ func TestScrape(t *testing.T) {
 		`sallyport_bytes_total{direction="down"}`:                                                            "800",
 		`sallyport_accept_errors_total`:                                                                      "11",
 		`sallyport_accept_pauses_total`:                                                                      "12",
-		`sallyport_connect_duration_seconds_sum`:                                                             "0.08",
-		`sallyport_connect_duration_seconds_count`:                                                           "4",
+		`sallyport_connect_duration_seconds_sum`:                                                             "0.1",
+		`sallyport_connect_duration_seconds_count`:                                                           "5",
+		`sallyport_resolve_duration_seconds_sum`:                                                             "0.002",
+		`sallyport_resolve_duration_seconds_count`:                                                           "1",
+		`sallyport_tunnel_duration_seconds_sum`:                                                              "60",
+		`sallyport_tunnel_duration_seconds_count`:                                                            "1",
+		`sallyport_policy_load_duration_seconds_sum`:                                                         "0.25",
+		`sallyport_policy_load_duration_seconds_count`:                                                       "1",
+		`sallyport_reloads_total{result="ok",what="policy"}`:                                                 "1",
+		`sallyport_reloads_total{result="failed",what="policy"}`:                                             "0",
+		`sallyport_reloads_total{result="ok",what="settings"}`:                                               "0",
+		`sallyport_reloads_total{result="failed",what="settings"}`:                                           "1",
+		`sallyport_reloads_total{result="ok",what="users"}`:                                                  "0",
+		`sallyport_reloads_total{result="failed",what="users"}`:                                              "0",
+		`sallyport_reloads_total{result="ok",what="certificates"}`:                                           "0",
+		`sallyport_reloads_total{result="failed",what="certificates"}`:                                       "0",
+		`sallyport_policy_groups`:                                                                            "1",
+		`sallyport_policy_rules`:                                                                             "2",
+		`sallyport_policy_names`:                                                                             "3",
+		`sallyport_policy_loaded_timestamp_seconds`:                                                          "1.6e+09",
+		`sallyport_policy_last_good`:                                                                         "1",
+		`sallyport_policy_next_expiry_timestamp_seconds`:                                                     "1.9e+09",
+		`sallyport_group_observe_until_timestamp_seconds{group="legacy"}`:                                    "1.800000001e+09",
+		`sallyport_ready`:                                                                                    "1",
+		`sallyport_connections`:                                                                              "6",
+		`sallyport_tunnels_limit`:                                                                            "100",
+		`sallyport_panics_total`:                                                                             "2",
+		`sallyport_tls_handshake_failures_total{cause="timeout"}`:                                            "7",
+		`sallyport_tls_certificate_expiry_timestamp_seconds`:                                                 "1.8e+09",
+		`sallyport_log_queue_lines`:                                                                          "5",
+		`sallyport_log_queue_bytes`:                                                                          "600",
+		`sallyport_dns_dropped_total`:                                                                        "8",
+		`sallyport_dns_malformed_total`:                                                                      "9",
+		`sallyport_dns_upstream_failures_total`:                                                              "10",
 		`sallyport_dns_queries_total{qtype="A",rcode="REFUSED",verdict="deny"}`:                              "1",
 		`sallyport_dns_queries_total{qtype="other",rcode="other",verdict="deny"}`:                            "1",
 		`sallyport_dns_cache_total{result="hit"}`:                                                            "5",
@@ -90,6 +132,7 @@ func TestScrape(t *testing.T) {
 		`sallyport_policy_last_reload_timestamp_seconds`:                                                     "1.7000000005e+09",
 		`sallyport_log_dropped_total`:                                                                        "4",
 		`sallyport_dns_upstream_ignored_total`:                                                               "11",
+		`sallyport_dns_limited_total{action="dropped",limit="queries"}`:                                      "13",
 		`sallyport_dns_prefetch_total`:                                                                       "12",
 		`sallyport_dns_upstream_up{index="0",upstream="192.0.2.53",zone=""}`:                                 "1",
 		`sallyport_dns_upstream_up{index="1",upstream="tcp://10.0.0.53",zone="corp.test"}`:                   "0",
@@ -128,7 +171,7 @@ func TestReplacedPolicy(t *testing.T) {
 	m.Observe(connect("new", policy.Allow, policy.ReasonMatched))
 	got := scrape(t, m)
 	maps.DeleteFunc(got, func(k, _ string) bool {
-		return !strings.HasPrefix(k, "sallyport_decisions") && !strings.HasPrefix(k, "sallyport_policy")
+		return !strings.HasPrefix(k, "sallyport_decisions") && !strings.HasPrefix(k, "sallyport_policy_info")
 	})
 	want := map[string]string{
 		`sallyport_decisions_total{group="kept",listener="proxy",reason="matched",verdict="allow"}`: "4",
@@ -231,8 +274,9 @@ func TestCountQuery(t *testing.T) {
 		for code, text := range codes {
 			ev := query(name, text)
 			ev.Decision.Verdict = policy.Verdict(number % 3)
+			ev.Listener = []string{"dns", "dns_tls", "dns_https", "elsewhere"}[number%4]
 			a.Observe(ev)
-			b.CountQuery(&ev.Decision, number, code)
+			b.CountQuery(ev.Listener, &ev.Decision, number, code)
 			if x, y := scrape(t, a), scrape(t, b); !maps.Equal(x, y) {
 				t.Fatalf("%s %s:\n%v\n%v", name, text, x, y)
 			}

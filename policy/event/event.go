@@ -32,11 +32,14 @@ type Event struct {
 	Kind     Kind            // what it records
 	ID       string          // unique within the process's life; also X-Sallyport-Id
 	Source   netip.AddrPort  // client, or who a load balancer says it is; IPv4 never mapped
-	Listener string          // proxy, proxy_tls, dns or transparent: which door, a closed set
+	Listener string          // proxy, proxy_tls, dns, dns_tls, dns_https or transparent: which door, a closed set
 	Method   string          // HTTP method
 	Name     string          // destination name or address asked for
 	Port     uint16          // destination port; 0 for DNS
+	Path     string          // path of a plain HTTP request, with the ? of a query but not the query; only log formats that need it show it
 	Decision policy.Decision // the last decision taken
+
+	Protocol policy.Protocol // what was spoken inside a CONNECT, as far as it was seen; the Kind says it of all else
 
 	VPCEndpoint string // AWS VPC endpoint that the client came through, as a load balancer tells it, or ""
 
@@ -51,6 +54,8 @@ type Event struct {
 	Destination netip.AddrPort // address dialled; with a Parent its address; zero if none
 	Parent      string         // host:port of the proxy it went through, or ""
 	Status      int            // HTTP status sent to the client; 0 if none
+	Aborted     bool           // a plain HTTP exchange ended before its response did
+	ContentType string         // Content-Type of an HTTP response or refusal, or ""; shown as Path is
 	QType       string         // type of the question, such as AAAA or TYPE65400
 	RCode       string         // response code, such as NOERROR
 	Answers     []string       // addresses and names answered, at most a handful

@@ -35,6 +35,12 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	binary = filepath.Join(dir, "sallyport")
+	if built := os.Getenv("SALLYPORT_E2E_BINARY"); built != "" { // a test that runs another in a network namespace
+		binary = built
+		code := m.Run()
+		os.RemoveAll(dir)
+		os.Exit(code)
+	}
 	build := exec.Command("go", "build", "-o", binary, "sallyport/cmd/sallyport")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
@@ -86,6 +92,12 @@ func begin(t *testing.T, w *world, policy string, extra ...string) *gate {
 
 func beginAs(t *testing.T, w *world, program []string, policy string, extra ...string) *gate {
 	t.Helper()
+	return beginWith(t, w, program, nil, policy, extra...)
+}
+
+// beginWith is beginAs with descriptors for the program, from number 3 on.
+func beginWith(t *testing.T, w *world, program []string, inherited []*os.File, policy string, extra ...string) *gate {
+	t.Helper()
 	g := &gate{t: t, dir: t.TempDir(), exited: make(chan struct{}), more: make(chan struct{})}
 	g.write("policy.yaml", policy)
 	g.write("sallyport.yaml", fmt.Sprintf(`
@@ -102,6 +114,7 @@ policy: {source: policy.yaml}
 `, w.dns))
 	args := slices.Concat(program[1:], []string{"run", "--config", g.path("sallyport.yaml")}, extra)
 	g.cmd = exec.Command(program[0], args...)
+	g.cmd.ExtraFiles = inherited
 	stdout, err := g.cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -331,6 +344,12 @@ func exitCode(err error) int {
 // program skips the test, except in CI, which installs it.
 func tool(t *testing.T, name string, args ...string) (string, int) {
 	t.Helper()
+	return toolWith(t, nil, name, args...)
+}
+
+// toolWith is tool with descriptors for the program, from number 3 on.
+func toolWith(t *testing.T, inherited []*os.File, name string, args ...string) (string, int) {
+	t.Helper()
 	if _, err := exec.LookPath(name); err != nil {
 		if os.Getenv("CI") != "" {
 			t.Fatalf("%s is missing; make test installs it", name)
@@ -340,6 +359,7 @@ func tool(t *testing.T, name string, args ...string) (string, int) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.ExtraFiles = inherited
 	for _, kv := range os.Environ() { // what the machine says about proxies is not part of the test
 		if !strings.Contains(strings.ToLower(strings.SplitN(kv, "=", 2)[0]), "proxy") {
 			cmd.Env = append(cmd.Env, kv)

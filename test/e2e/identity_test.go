@@ -217,9 +217,10 @@ func TestCredentials(t *testing.T) {
 		m := g.mark()
 		files.write(t, "users", "anna:{SHA}"+secret+"\n")
 		g.line(m, map[string]any{"event": "config", "what": "users", "ok": false})
-		if r := g.ready(); r.Policy.LastReload.OK || !strings.Contains(r.Policy.LastReload.Error, "users:1:6: user anna: the password is hashed with SHA-1") {
-			t.Errorf("readyz: %+v", r)
-		}
+		g.until("readyz says so too", func() bool { // once the policy has had its turn too
+			r := g.ready().Policy.LastReload
+			return !r.OK && strings.Contains(r.Error, "users:1:6: user anna: the password is hashed with SHA-1")
+		})
 		if out, code := g.curl(noSource, "-U", "anna:"+secret, plain); code != 0 || !strings.Contains(out, "Host: people") {
 			t.Errorf("with a bad file: %d %s", code, out)
 		}

@@ -1,0 +1,168 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"sallyport/internal/admin"
+	"sallyport/internal/discovery"
+	"sallyport/policy"
+)
+
+const (
+	viewRules = 10_000 // rules of a policy that are shown, at most
+	viewNames = 100    // names of one rule that are
+)
+
+// A policyView is the policy in force for people to read, made once for each revision.
+type policyView struct {
+	mu     sync.Mutex // guards the rest, and lets one be made at a time
+	made   bool
+	detail admin.PolicyDetail
+	owners map[string][]string                        // the groups that count for a group: itself and its ancestors
+	uses   func() map[discovery.RuleKey]discovery.Use // nil: how often rules were used is not known
+}
+
+// policyDetail answers what is in force.
+func (g *gate) policyDetail() (*admin.PolicyDetail, error) {
+	v := &g.adminState.policy
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	p := g.store.Policy()
+	if p == nil {
+		return nil, fmt.Errorf("%w: no policy is in force", admin.ErrUnavailable)
+	}
+	if !v.made || v.detail.Revision != p.Revision() {
+		doc, err := p.Document()
+		if err != nil {
+			return nil, err
+		}
+		v.detail, v.owners, v.made = newPolicyDetail(doc), ownersOf(doc), true
+		v.detail.Revision = p.Revision()
+	}
+	g.status.mu.Lock()
+	loaded := g.status.policy.LoadedAt
+	g.status.mu.Unlock()
+	return v.now(p, loaded), nil
+}
+
+// now returns a copy with what changes while a policy is in force.
+func (v *policyView) now(p *policy.Policy, loaded time.Time) *admin.PolicyDetail {
+	d := v.detail
+	d.LoadedAt = loaded
+	uses := v.usesByOwner()
+	d.Deny = used(d.Deny, "", true, uses)
+	d.Groups = slices.Clone(d.Groups)
+	for i := range d.Groups {
+		g := &d.Groups[i]
+		g.Mode = p.ModeAt(g.Name, time.Now()).String()
+		g.Allow, g.Deny = used(g.Allow, g.Name, false, uses), used(g.Deny, g.Name, true, uses)
+	}
+	return &d
+}
+
+// usesByOwner sums up uses for the groups that wrote the rules; "" for those of all
+// groups. Events name the group whose traffic it was: a rule counts for each ancestor
+// of it that has one of the same ID.
+func (v *policyView) usesByOwner() map[discovery.RuleKey]discovery.Use {
+	if v.uses == nil {
+		return nil
+	}
+	sum := map[discovery.RuleKey]discovery.Use{}
+	for k, use := range v.uses() {
+		owners := v.owners[k.Group]
+		if k.Deny {
+			owners = append(slices.Clip(owners), "")
+		}
+		for _, o := range owners {
+			key := discovery.RuleKey{Group: o, Rule: k.Rule, Deny: k.Deny}
+			s := sum[key]
+			s.Hits += use.Hits
+			if use.LastUsed.After(s.LastUsed) {
+				s.LastUsed = use.LastUsed
+			}
+			sum[key] = s
+		}
+	}
+	return sum
+}
+
+// used returns a copy of rules with their uses.
+func used(rules []admin.RuleDetail, owner string, deny bool, uses map[discovery.RuleKey]discovery.Use) []admin.RuleDetail {
+	if uses == nil {
+		return rules
+	}
+	rules = slices.Clone(rules)
+	for i := range rules {
+		r := &rules[i]
+		use := uses[discovery.RuleKey{Group: owner, Rule: r.ID, Deny: deny}]
+		hits, last := use.Hits, use.LastUsed.UTC()
+		if r.Hits = &hits; hits > 0 {
+			r.LastUsed = &last
+		}
+	}
+	return rules
+}
+
+func newPolicyDetail(doc *policy.Document) admin.PolicyDetail {
+	left := viewRules
+	d := admin.PolicyDetail{UnmatchedSource: "deny", Groups: []admin.GroupDetail{}}
+	if doc.UnmatchedSource != "" {
+		d.UnmatchedSource = doc.UnmatchedSource
+	}
+	rules := func(path string, rules []policy.Rule) []admin.RuleDetail {
+		ids := policy.RuleIDs(rules)
+		out := make([]admin.RuleDetail, 0, min(left, len(rules)))
+		for i := range rules {
+			if left == 0 {
+				d.Truncated = true
+				break
+			}
+			left--
+			r := &rules[i]
+			out = append(out, admin.RuleDetail{
+				ID: ids[i], Names: some(r.Names, viewNames), NameCount: len(r.Names), Addresses: some(r.Addresses, viewNames),
+				Ports: some(r.Ports, viewNames), Protocol: r.Protocol, QTypes: some(r.QTypes, viewNames),
+				Owner: r.Owner, Reason: r.Reason, Expires: r.Expires, Where: doc.Where(fmt.Sprintf("%s[%d]", path, i)).String(),
+			})
+		}
+		return out
+	}
+	d.Deny = rules("deny", doc.Deny)
+	for i := range doc.Groups {
+		g, path := &doc.Groups[i], fmt.Sprintf("groups[%d]", i)
+		d.Groups = append(d.Groups, admin.GroupDetail{
+			Name: g.Name, Sources: some(g.Sources, viewRules), Users: some(g.Users, viewRules), Extends: some(g.Extends, viewRules),
+			ObserveUntil: g.ObserveUntil, Allow: rules(path+".allow", g.Allow), Deny: rules(path+".deny", g.Deny),
+		})
+	}
+	return d
+}
+
+// some returns a copy of the first of items; never nil.
+func some(items []string, most int) []string {
+	return append([]string{}, items[:min(most, len(items))]...)
+}
+
+// ownersOf returns each group with its ancestors.
+func ownersOf(doc *policy.Document) map[string][]string {
+	extends := map[string][]string{}
+	for i := range doc.Groups {
+		extends[doc.Groups[i].Name] = doc.Groups[i].Extends
+	}
+	owners := map[string][]string{}
+	for name := range extends {
+		all := []string{name}
+		for i := 0; i < len(all); i++ { // which grows; a policy in force has no circles
+			for _, up := range extends[all[i]] {
+				if !slices.Contains(all, up) {
+					all = append(all, up)
+				}
+			}
+		}
+		owners[name] = all
+	}
+	return owners
+}

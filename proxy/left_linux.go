@@ -1,0 +1,26 @@
+package proxy
+
+import (
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// hasLeft reports whether the peer of c has closed its side, and has said nothing
+// that was not read yet: such a client neither says nor, as a rule, hears anything
+// any more. One that speaks TLS says goodbye first, which does not count.
+func hasLeft(c syscall.RawConn, secure bool) (left bool) {
+	_ = c.Control(func(fd uintptr) { // an error: it was closed here
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+		if n, err := unix.Poll(p, 0); err != nil || n == 0 {
+			return
+		}
+		if p[0].Revents&(unix.POLLHUP|unix.POLLERR) != 0 || secure {
+			left = true
+			return
+		}
+		n, _, err := unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		left = err == nil && n == 0
+	})
+	return left
+}
