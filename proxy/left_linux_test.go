@@ -60,12 +60,12 @@ func TestClientLeavesWhileDialling(t *testing.T) {
 		t.Run(fmt.Sprintf("TLS %v", secure), func(t *testing.T) {
 			g := start(t, doorPolicy(443), withTLS())
 			asked, ended := make(chan struct{}), make(chan error, 1)
-			g.resolver.hook = func(ctx context.Context, _ string) ([]netip.Addr, error) {
+			g.resolver.intercept(func(ctx context.Context, _ string) ([]netip.Addr, error) {
 				close(asked)
 				<-ctx.Done() // timeouts.connect is patience
 				ended <- ctx.Err()
 				return nil, ctx.Err()
-			}
+			})
 			var c net.Conn
 			var err error
 			if secure {
