@@ -33,12 +33,12 @@ func tcp(c net.Conn) net.Conn { return c }
 
 // onSplice puts hook in the place of splice(2).
 func onSplice(t *testing.T, hook func(r, w, n int) (int64, error)) {
-	t.Cleanup(func() { splice = unix.Splice })
+	t.Cleanup(func() { splice = quietSplice })
 	splice = func(r int, _ *int64, w int, _ *int64, n, _ int) (int64, error) { return hook(r, w, n) }
 }
 
 func kernelSplice(r, w, n int) (int64, error) {
-	return unix.Splice(r, nil, w, nil, n, spliceFlags)
+	return quietSplice(r, nil, w, nil, n, spliceFlags)
 }
 
 // isPipe reports whether fd is a pipe's end.
