@@ -7,11 +7,15 @@ import (
 )
 
 // A pipe costs two descriptors, and its capacity counts against the quota of
-// an unprivileged user (16,384 pages by default, see pipe(7)), used or not.
+// an unprivileged user (16,384 pages by default, see pipe(7)), used or not. All
+// together take three quarters of that. Of a stream that comes in small pieces,
+// each takes one of a pipe's slots, of which there is one for 4 KiB of capacity.
 const (
-	pipeSize    = 512 << 10 // bytes; with less, a lone fast stream costs more CPU time
+	pipeSize    = 1 << 20   // bytes; with 512 KiB, a lone fast stream costs a tenth more CPU time
+	spareSize   = 512 << 10 // of those above largePipes, or where the kernel allows no more
 	minPipeSize = 64 << 10  // a smaller one, as the kernel gives over quota, is slower than copying
-	maxPipes    = 64        // open at a time: half of the default quota
+	largePipes  = 32        // as many are of pipeSize
+	maxPipes    = 64        // open at a time
 	keepPipes   = 8         // kept while no direction is bulky
 )
 
@@ -20,7 +24,7 @@ type pipe struct{ r, w int }
 
 // pipePool lends pipes, at most maxPipes of them.
 type pipePool struct {
-	open func() *pipe // nil if there is none to be had; replaced by tests
+	open func(size int) *pipe // nil if there is none to be had; replaced by tests
 
 	mu   sync.Mutex // guards what follows
 	idle []*pipe
@@ -42,7 +46,11 @@ func (p *pipePool) get() *pipe {
 	if p.lent == maxPipes {
 		return nil
 	}
-	q := p.open()
+	size := pipeSize
+	if p.lent >= largePipes { // and none is idle
+		size = spareSize
+	}
+	q := p.open(size)
 	if q != nil {
 		p.lent++
 	}
@@ -69,14 +77,17 @@ func (p *pipePool) put(q *pipe, empty bool) {
 	}
 }
 
-func openPipe() *pipe {
+// openPipe opens a pipe of size bytes, or of what the kernel allows.
+func openPipe(size int) *pipe {
 	var fd [2]int
 	if err := unix.Pipe2(fd[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
 		return nil
 	}
 	q := &pipe{r: fd[0], w: fd[1]}
-	if _, err := unix.FcntlInt(uintptr(q.w), unix.F_SETPIPE_SZ, pipeSize); err == nil {
-		return q
+	for ; size >= spareSize; size /= 2 {
+		if _, err := unix.FcntlInt(uintptr(q.w), unix.F_SETPIPE_SZ, size); err == nil {
+			return q
+		}
 	}
 	if n, err := unix.FcntlInt(uintptr(q.w), unix.F_GETPIPE_SZ, 0); err != nil || n < minPipeSize {
 		q.close()

@@ -33,12 +33,12 @@ func tcp(c net.Conn) net.Conn { return c }
 
 // onSplice puts hook in the place of splice(2).
 func onSplice(t *testing.T, hook func(r, w, n int) (int64, error)) {
-	t.Cleanup(func() { splice = unix.Splice })
+	t.Cleanup(func() { splice = quietSplice })
 	splice = func(r int, _ *int64, w int, _ *int64, n, _ int) (int64, error) { return hook(r, w, n) }
 }
 
 func kernelSplice(r, w, n int) (int64, error) {
-	return unix.Splice(r, nil, w, nil, n, spliceFlags)
+	return quietSplice(r, nil, w, nil, n, spliceFlags)
 }
 
 // isPipe reports whether fd is a pipe's end.
@@ -203,7 +203,7 @@ func TestNoPipeToBeHad(t *testing.T) {
 	saved := pipes.idle
 	pipes.idle = nil
 	t.Cleanup(func() { pipes.idle, pipes.open = saved, openPipe })
-	pipes.open = func() *pipe { return nil }
+	pipes.open = func(int) *pipe { return nil }
 	onSplice(t, func(r, w, n int) (int64, error) {
 		t.Error("spliced without a pipe")
 		return 0, unix.EINVAL
@@ -214,8 +214,8 @@ func TestNoPipeToBeHad(t *testing.T) {
 }
 
 func TestPipePoolIsBounded(t *testing.T) {
-	opened := 0
-	p := pipePool{open: func() *pipe { opened++; return openPipe() }}
+	opened, capacity := 0, 0
+	p := pipePool{open: func(size int) *pipe { opened++; capacity += size; return openPipe(size) }}
 	var lent []*pipe
 	for range maxPipes + 1 {
 		if q := p.get(); q != nil {
@@ -224,6 +224,9 @@ func TestPipePoolIsBounded(t *testing.T) {
 	}
 	if len(lent) != maxPipes || opened != maxPipes {
 		t.Errorf("%d pipes lent, %d opened, want %d", len(lent), opened, maxPipes)
+	}
+	if quota := 16384 * 4096; capacity > quota*3/4 {
+		t.Errorf("the pipes hold %d bytes, more than three quarters of the default quota %d", capacity, quota)
 	}
 	unix.Write(lent[0].w, []byte("stale"))
 	p.put(lent[0], false)
