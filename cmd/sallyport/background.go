@@ -18,10 +18,18 @@ func inBackground(f func()) {
 }
 
 // runInBackground runs f and closes done. Its thread ends with it, for what has given
-// way cannot take its turn back without privileges.
+// way cannot take its turn back without privileges. So it is never the first one, which
+// would not end, and whose priority is shown as that of the process.
 func runInBackground(f func(), done chan<- struct{}) {
 	defer close(done)
 	runtime.LockOSThread()
+	if isFirstThread() {
+		inner := make(chan struct{})
+		go runInBackground(f, inner)
+		<-inner
+		runtime.UnlockOSThread()
+		return
+	}
 	giveWay()
 	f()
 }

@@ -7,6 +7,9 @@ import "golang.org/x/sys/unix"
 // server that is never idle, and lets go soon of what it has locked.
 const backgroundNice = 10
 
+// isFirstThread reports whether the calling thread is the one that the process began with.
+func isFirstThread() bool { return unix.Gettid() == unix.Getpid() }
+
 // giveWay lowers the priority of the calling thread, for good.
 func giveWay() {
 	tid := unix.Gettid()

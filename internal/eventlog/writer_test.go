@@ -113,14 +113,10 @@ func TestBlockedPipe(t *testing.T) {
 	r, out := pipe(t)
 	w := open(t, Options{Stdout: out})
 	stop := start(t, w)
-	began := time.Now()
 	ev := &event.Event{Kind: event.Connect, Name: strings.Repeat("a", 500), UserAgent: strings.Repeat("b", 500)}
 	const n = 20000
 	for range n {
-		w.Observe(ev)
-	}
-	if d := time.Since(began); d > 5*time.Second {
-		t.Errorf("%d events took %v", n, d)
+		w.Observe(ev) // nobody reads before this ends, so if it waited for that it would not end
 	}
 	if w.Dropped() == 0 {
 		t.Error("nothing was dropped, so the queue has no bound")

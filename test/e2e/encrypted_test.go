@@ -89,6 +89,11 @@ func TestEncryptedResolver(t *testing.T) {
 	})
 	wants(t, "metrics", g.metrics(), `sallyport_decisions_total{group="ci",listener="dns_tls",reason="matched",verdict="allow"}`,
 		`sallyport_decisions_total{group="",listener="dns_https",reason="unmatched_source",verdict="deny"}`)
+	// Whoever is told of queries is told of these too, with their door.
+	_, live := g.api("GET", "decisions?listener=dns_tls&verdict=allow&limit=1", nil)
+	wants(t, "decisions", live, `"listener":"dns_tls"`, `"name":"api.ok.test"`)
+	_, seen := g.api("GET", "discovery?group=ci&verdict=allow", nil)
+	wants(t, "discovery", seen, `"dns_https","dns_tls"`, `"name":"api.ok.test"`)
 	if st := g.ready(); !st.Ready {
 		t.Errorf("readyz: %+v", st)
 	}
