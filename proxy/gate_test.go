@@ -117,6 +117,12 @@ func compile(t testing.TB, text string) *policy.Policy {
 // start runs a Server with the policy text until the end of the test.
 func start(t testing.TB, text string, edit ...func(*Config)) *gate {
 	t.Helper()
+	return startGate(t, text, true, edit...)
+}
+
+// startGate is start, with or without lanes.
+func startGate(t testing.TB, text string, lanes bool, edit ...func(*Config)) *gate {
+	t.Helper()
 	g := &gate{
 		t: t, store: new(policy.Store), resolver: &names{addrs: map[string][]netip.Addr{}},
 		events: events{make(chan event.Event, 1024)}, served: make(chan error, 1),
@@ -126,13 +132,12 @@ func start(t testing.TB, text string, edit ...func(*Config)) *gate {
 		Listen: []string{"127.0.0.1:0"}, Decider: g.store, Resolver: g.resolver, Observer: g.events,
 		HelpURL: "https://help.test/", Timeouts: Timeouts{Connect: patience, Drain: time.Second},
 	}
-	if !*withoutLanes {
-		cfg.Known = g.resolver.known
-	}
+	cfg.Known = g.resolver.known
 	for _, e := range edit {
 		e(&cfg)
 	}
 	g.srv = New(cfg)
+	g.srv.noLanes = *withoutLanes || !lanes
 	if err := g.srv.Listen(); err != nil {
 		t.Fatal(err)
 	}

@@ -57,6 +57,7 @@ type lane struct {
 	mu       sync.Mutex // guards what follows
 	asked    []func()   // by other goroutines, to be done in the lane's
 	signaled bool       // wake says so already
+	released bool       // wake is somebody else's
 }
 
 // A slot holds what a descriptor in epoll belongs to.
@@ -85,7 +86,7 @@ const (
 
 func (s side) other() side { return 1 - s }
 
-const laneInterest = unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLET&0xffffffff
+const laneInterest = unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLPRI | unix.EPOLLRDHUP | unix.EPOLLET&0xffffffff
 
 // newLane returns a lane without doors.
 func newLane(s *Server) (*lane, error) {
@@ -130,8 +131,13 @@ func (l *lane) admit(listener *net.TCPListener) error {
 	_ = setKeepAlive(fd)
 	d := &door{fd: fd, look: newLookout(l.s.descriptors), pause: minPause}
 	d.slot = l.take(slot{door: d})
+	if err := l.watchDoor(d); err != nil {
+		unix.Close(fd)
+		l.giveBack(d.slot)
+		return err
+	}
 	l.doors = append(l.doors, d)
-	return l.watchDoor(d)
+	return nil
 }
 
 // watchDoor has epoll tell of connections to accept, one lane of many at a time.
@@ -172,10 +178,14 @@ func (l *lane) unwatch(fd int) {
 	syscall.RawSyscall6(unix.SYS_EPOLL_CTL, uintptr(l.epoll), unix.EPOLL_CTL_DEL, uintptr(fd), uintptr(unsafe.Pointer(&ev)), 0, 0)
 }
 
-// post has f done in the lane's goroutine, soon. It may come from any goroutine.
+// post has f done in the lane's goroutine, soon. It may come from any goroutine. Once
+// the lane has ended, nothing is done.
 func (l *lane) post(f func()) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.released {
+		return
+	}
 	l.asked = append(l.asked, f)
 	if !l.signaled {
 		l.signaled = true
@@ -294,12 +304,18 @@ func (l *lane) rest(d *door, cause error) {
 	l.unwatch(d.fd)
 	l.s.wg.Go(func() {
 		l.s.awaitRoom(cause, &d.pause)
-		l.post(func() {
-			if d.fd >= 0 {
-				_ = l.watchDoor(d) // which had worked before
-			}
-		})
+		l.post(func() { l.reopen(d) })
 	})
+}
+
+// reopen has d accept again; later, if the kernel has no memory for that now.
+func (l *lane) reopen(d *door) {
+	if d.fd < 0 {
+		return
+	}
+	if err := l.watchDoor(d); err != nil {
+		l.rest(d, err)
+	}
 }
 
 // sockaddr returns an address that the kernel gave, IPv4 never mapped.
@@ -326,14 +342,9 @@ func (l *lane) sweep() {
 	for i := range l.slots {
 		s := &l.slots[i]
 		if p := s.p; p != nil && s.side == clientSide && (p.phase == relaying || !l.now.Before(p.deadline)) {
-			l.overdue(p)
+			l.do(p, (*passage).overdue)
 		}
 	}
-}
-
-func (l *lane) overdue(p *passage) {
-	defer l.survive(p)
-	p.overdue()
 }
 
 // closeDoors ends accepting, soon.
@@ -342,6 +353,7 @@ func (l *lane) closeDoors() { l.post(l.closeDoorsNow) }
 func (l *lane) closeDoorsNow() {
 	for _, d := range l.doors {
 		if d.fd >= 0 {
+			l.unwatch(d.fd) // others may have the socket, too: it may stay open
 			unix.Close(d.fd)
 			d.fd = -1
 			l.giveBack(d.slot)
@@ -360,7 +372,7 @@ func (l *lane) cutAll() {
 	l.post(func() {
 		l.each(func(p *passage) {
 			if p.phase != relaying {
-				p.gone(errDraining)
+				p.cutShort()
 			}
 		})
 	})
@@ -372,12 +384,21 @@ func (l *lane) stop() { l.post(func() { l.stopped = true }) }
 func (l *lane) each(f func(*passage)) {
 	for i := range l.slots {
 		if s := l.slots[i]; s.p != nil && s.side == clientSide {
-			f(s.p)
+			l.do(s.p, f)
 		}
 	}
 }
 
+// do calls f with p. A panic ends p alone.
+func (l *lane) do(p *passage, f func(*passage)) {
+	defer l.survive(p)
+	f(p)
+}
+
 func (l *lane) release() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.released, l.asked = true, nil
 	unix.Close(l.epoll)
 	unix.Close(l.wake)
 }
@@ -397,7 +418,7 @@ func (s *Server) openLanes() {
 // useLanes has the lanes accept what comes to listener, if they can.
 func (s *Server) useLanes(listener net.Listener) bool {
 	t, ok := listener.(*net.TCPListener)
-	if !ok {
+	if !ok || s.noLanes {
 		return false
 	}
 	if len(s.lanes) == 0 {
@@ -504,7 +525,7 @@ func dialFD(a netip.AddrPort) (fd int, err error) {
 	_, _, errno = syscall.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(to), size)
 	runtime.KeepAlive(&v4)
 	runtime.KeepAlive(&v6)
-	if errno != 0 && errno != unix.EINPROGRESS {
+	if errno != 0 && errno != unix.EINPROGRESS && errno != unix.EINTR {
 		closeFD(fd)
 		return -1, os.NewSyscallError("connect", errno)
 	}
@@ -524,5 +545,6 @@ func connOf(fd int) (*net.TCPConn, error) {
 		c.Close()
 		return nil, errors.New("no TCP socket")
 	}
-	return t, t.SetKeepAliveConfig(keepAlive)
+	t.SetKeepAliveConfig(keepAlive)
+	return t, nil
 }

@@ -6,11 +6,13 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"sallyport/policy"
+	"sallyport/policy/event"
 	"sallyport/proxy/clienthello"
 	"sallyport/proxy/relay"
 	"sallyport/proxy/upstream"
@@ -29,6 +31,9 @@ const (
 // bulky is how many full buffers in a row make a stream bulky, which the relay with
 // its pipes is better at.
 const bulky = 4
+
+// maxReads bounds the reads of one connection before others get their turn.
+const maxReads = 16
 
 // lingerTime and lingerBytes bound what a refused client may still send, as in closeGently.
 const (
@@ -65,6 +70,8 @@ type setup struct {
 	head    []byte // the request, for those it is given away to
 	dialled time.Time
 	left    []netip.AddrPort // addresses not tried yet
+	to      netip.AddrPort   // the one that is tried
+	lost    []error          // what became of others
 }
 
 // enter serves the connection fd, which source opened.
@@ -127,7 +134,8 @@ func (p *passage) settle() {
 // serve looks at what happened to one of p's connections.
 func (p *passage) serve(s side, events uint32) {
 	const (
-		final = unix.EPOLLRDHUP | unix.EPOLLHUP | unix.EPOLLERR // there may be no further event
+		// There may be no further event, or what is there is read in parts.
+		final = unix.EPOLLRDHUP | unix.EPOLLHUP | unix.EPOLLERR | unix.EPOLLPRI
 		said  = unix.EPOLLIN | final
 	)
 	switch p.phase {
@@ -141,7 +149,7 @@ func (p *passage) serve(s side, events uint32) {
 		case s == farSide && events&(unix.EPOLLOUT|unix.EPOLLHUP|unix.EPOLLERR) != 0:
 			p.connected(events)
 		case s == clientSide && events&(unix.EPOLLHUP|unix.EPOLLERR) != 0:
-			p.gone(errLeft) // nobody to connect for
+			p.refuse(connectFailed(p.setup.t.decision, errLeftDialling)) // nobody to connect for
 		case s == clientSide && events&said != 0:
 			p.pending[clientSide] = true
 		}
@@ -243,7 +251,7 @@ func (p *passage) dial() {
 	}
 	p.fd[farSide], p.slot[farSide] = fd, l.take(slot{p: p, side: farSide})
 	l.s.towards(&u.t.request, a.Addr())
-	u.c.ev.Destination = a
+	u.to = a
 	p.deadline = u.dialled.Add(l.s.cfg.Timeouts.Connect)
 	if len(u.left) > 0 {
 		p.deadline = l.now.Add(upstream.Stagger)
@@ -255,13 +263,15 @@ func (p *passage) dial() {
 
 // unreachable goes on with the next address, or refuses.
 func (p *passage) unreachable(a netip.AddrPort, err error) {
+	u := p.setup
 	p.closeSide(farSide)
-	if len(p.setup.left) > 0 {
+	u.lost = append(u.lost, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(a), Err: err})
+	if len(u.left) > 0 {
 		p.dial()
 		return
 	}
-	p.setup.c.ev.ConnTime = time.Since(p.setup.dialled)
-	p.refuse(connectFailed(p.setup.t.decision, &net.OpError{Op: "dial", Net: "tcp", Addr: net.TCPAddrFromAddrPort(a), Err: err}))
+	u.c.ev.ConnTime = time.Since(u.dialled)
+	p.refuse(connectFailed(u.t.decision, errors.Join(u.lost...)))
 }
 
 // connected answers the client once the far side has.
@@ -269,7 +279,7 @@ func (p *passage) connected(events uint32) {
 	l, u := p.lane, p.setup
 	c := &u.c
 	if err := pendingError(p.fd[farSide]); err != nil {
-		p.unreachable(c.ev.Destination, err)
+		p.unreachable(u.to, os.NewSyscallError("connect", err))
 		return
 	}
 	p.pending[farSide] = events&(unix.EPOLLIN|unix.EPOLLRDHUP) != 0
@@ -281,6 +291,7 @@ func (p *passage) connected(events uint32) {
 		p.refuse(denied(c.decision))
 		return
 	}
+	c.ev.Destination = u.to
 	if c.decision.Verdict != policy.Allow {
 		p.giveToConnect((*connect).establish, nil)
 		return
@@ -324,10 +335,9 @@ func (p *passage) readHello() {
 	switch {
 	case err == nil && m < n || err == unix.EAGAIN: // a far side with very little room
 		rest := bytes.Clone(l.buf[m:n])
-		p.pending[clientSide] = false // that comes after the rest
-		if p.start(m); p.phase == relaying {
-			p.giveToRelay(clientSide, rest)
-		}
+		p.pending = [2]bool{} // nothing may overtake the rest
+		p.start(m)
+		p.giveToRelay(clientSide, rest)
 	case err != nil:
 		p.refuse(&refusal{decision: c.decision.Refuse(policy.ReasonConnectFailed), err: err})
 	default:
@@ -356,13 +366,15 @@ func (p *passage) start(n int) {
 
 // relay moves what s has to say to the other side. final says that nothing more may
 // come after what is there, of which there may be no further event.
+//
+// A peer that goes on and on is given away: others wait for their turn.
 func (p *passage) relay(s side, final bool) {
 	l := p.lane
 	live := &p.t.up
 	if s == farSide {
 		live = &p.t.down
 	}
-	for {
+	for range maxReads {
 		n, err := readFD(p.fd[s], l.buf[:])
 		switch {
 		case err == unix.EAGAIN:
@@ -378,7 +390,10 @@ func (p *passage) relay(s side, final bool) {
 		p.last = l.now
 		m, err := writeFD(p.fd[s.other()], l.buf[:n])
 		live.Add(int64(m))
-		if m < n || err != nil { // it takes no more now, or is broken: those who wait for that find out
+		if m < n || err != nil { // it takes no more now, or is broken: what it said before is still to be delivered
+			if err != nil && !errors.Is(err, unix.EAGAIN) && !p.ended[s.other()] {
+				note(&p.t.ev, errors.New(describe(failed("write", s.other(), err)))) // this is the only time that the kernel says so
+			}
 			p.giveToRelay(s, l.buf[m:n])
 			return
 		}
@@ -393,11 +408,13 @@ func (p *passage) relay(s side, final bool) {
 			}
 		}
 	}
+	p.giveToRelay(s, nil)
 }
 
 // endOf passes the end of s's stream on. Both together are the end of the tunnel.
 func (p *passage) endOf(s side) {
 	if p.ended[s] {
+		p.awaitReset(s)
 		return
 	}
 	p.ended[s] = true
@@ -409,15 +426,29 @@ func (p *passage) endOf(s side) {
 		return
 	}
 	shutdownFD(p.fd[s.other()])
+	p.awaitReset(s)
+}
+
+// awaitReset ends a tunnel if the connection of s, whose stream has ended, is broken.
+// Reads say nothing of that, and the other side may be silent for long.
+func (p *passage) awaitReset(s side) {
+	if err := pendingError(p.fd[s]); err != nil {
+		p.broken(s, err)
+	}
 }
 
 // broken ends a tunnel of which the connection of s is.
 func (p *passage) broken(s side, err error) {
-	r := relay.Result{End: relay.ClientFailed + relay.End(s), Err: &net.OpError{Op: "read", Net: "tcp", Err: err}}
+	r := failed("read", s, err)
 	if p.ended[s] {
 		r.End = relay.ClientClosed + relay.End(s)
 	}
 	p.over(r)
+}
+
+// failed says that op failed at the connection of s.
+func failed(op string, s side, err error) relay.Result {
+	return relay.Result{End: relay.ClientFailed + relay.End(s), Err: &net.OpError{Op: op, Net: "tcp", Err: os.NewSyscallError(op, err)}}
 }
 
 // over ends a tunnel and emits its event.
@@ -434,12 +465,14 @@ func (p *passage) cut(t *tunnel) {
 	p.lane.post(func() {
 		switch {
 		case p.t == t:
-			p.over(relay.Result{End: relay.Cancelled})
+			p.lane.do(p, (*passage).cutTunnel)
 		case t.passage.Load() == nil: // it has been given away, or has ended
 			t.cut()
 		}
 	})
 }
+
+func (p *passage) cutTunnel() { p.over(relay.Result{End: relay.Cancelled}) }
 
 // overdue looks at p, whose time may be over.
 func (p *passage) overdue() {
@@ -454,7 +487,7 @@ func (p *passage) overdue() {
 			p.giveToHeads(u.head, nil)
 			return
 		}
-		p.unreachable(u.c.ev.Destination, errTimedOut)
+		p.unreachable(u.to, os.ErrDeadlineExceeded)
 	case readingHello:
 		p.giveToConnect((*connect).serve, nil)
 	case relaying:
@@ -473,8 +506,6 @@ func (p *passage) overdue() {
 // probeAfter is how long a tunnel is quiet before it is worth four system calls to
 // have the kernel look whether the far side is still there.
 const probeAfter = 5 * time.Second
-
-var errTimedOut = errors.New("i/o timeout")
 
 // refuse tells the client of r, emits the event, and closes.
 func (p *passage) refuse(r *refusal) {
@@ -510,11 +541,30 @@ func (p *passage) linger() {
 
 // gone ends a CONNECT whose client went away. Nothing was refused.
 func (p *passage) gone(err error) {
-	if p.setup != nil && p.phase != readingHead {
-		c := &p.setup.c
-		c.finish(c.decision, err)
+	c := &p.setup.c
+	c.finish(c.decision, err)
+	p.leave()
+}
+
+// cutShort ends what is not a tunnel yet because the time of the whole server is over.
+func (p *passage) cutShort() {
+	switch u := p.setup; p.phase {
+	case connecting:
+		p.refuse(connectFailed(u.t.decision, errDraining))
+	case readingHello:
+		u.c.finish(u.c.decision, errDraining)
 	}
 	p.leave()
+}
+
+// short ends p, for which there are no descriptors any more. What was asked for has
+// its event.
+func (p *passage) short() {
+	s, u := p.lane.s, p.setup
+	if u.c.s == nil {
+		u.c.s, u.c.ev = s, s.newEvent(event.HTTP, u.source, u.start)
+	}
+	u.c.finish(u.c.decision.Refuse(policy.ReasonLimitExceeded), errDescriptors)
 }
 
 // crashed ends p after a panic, without an event.
@@ -580,6 +630,8 @@ func (p *passage) giveToHeads(raw []byte, tooMany error) {
 		s.wg.Add(1)
 		go s.readPassed(conn, u.counted, u.source, u.start, bytes.Clone(raw), tooMany)
 		u.counted = netip.Addr{} // it is counted on
+	} else if len(raw) > 0 || tooMany != nil {
+		p.short()
 	}
 	p.leave()
 }
@@ -604,7 +656,7 @@ func (p *passage) giveToConnect(do func(c *connect, far net.Conn), early []byte)
 	client, far := p.give(clientSide), p.give(farSide)
 	if client == nil || far == nil {
 		closeAll(client, far)
-		u.c.finish(u.c.decision, errDescriptors)
+		p.short()
 		p.leave()
 		return
 	}
@@ -642,25 +694,21 @@ func (p *passage) giveToRelay(s side, rest []byte) {
 		return
 	}
 	t.client, t.upstream = client, far
+	o := relay.Options{Idle: t.s.cfg.Timeouts.Idle, Up: &t.up, Down: &t.down}
+	if rest = bytes.Clone(rest); s == clientSide {
+		o.UpFirst = rest
+	} else {
+		o.DownFirst = rest
+	}
 	t.s.wg.Add(1)
-	go t.runOn(s, bytes.Clone(rest))
+	go t.runOn(o)
 	p.leave() // from here on cut closes the connections
 }
 
 // runOn is run for a tunnel that has begun in a lane.
-func (t *tunnel) runOn(from side, rest []byte) {
+func (t *tunnel) runOn(o relay.Options) {
 	defer t.over()
-	if len(rest) > 0 {
-		to, live := t.upstream, &t.up
-		if from == farSide {
-			to, live = t.client, &t.down
-		}
-		to.SetWriteDeadline(time.Now().Add(t.s.cfg.Timeouts.Idle))
-		n, _ := to.Write(rest) // the relay will see what is wrong, too
-		live.Add(int64(n))
-		to.SetWriteDeadline(time.Time{})
-	}
-	t.relayed(relay.Relay(t.client, t.upstream, relay.Options{Idle: t.s.cfg.Timeouts.Idle, Up: &t.up, Down: &t.down}))
+	t.relayed(relay.Relay(t.client, t.upstream, o))
 }
 
 // give makes a connection of package net of one of p's, which is p's no longer. It

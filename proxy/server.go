@@ -154,6 +154,7 @@ type Server struct {
 
 	inherited struct{ plain, secure []net.Listener } // for Listen
 	lanes     []*lane
+	noLanes   bool           // every connection has goroutines of its own; for tests
 	laneWG    sync.WaitGroup // goroutines of lanes
 	listeners []net.Listener
 	addrs     []netip.AddrPort // of listeners

@@ -48,6 +48,10 @@ type Options struct {
 	// upstream and the client took. Relay only adds to them: what the caller
 	// has forwarded before may already be in.
 	Up, Down *atomic.Int64
+
+	// UpFirst and DownFirst were taken from the client and the upstream before. They
+	// go to the other side before anything else does. Relay keeps them meanwhile.
+	UpFirst, DownFirst []byte
 }
 
 // Result says how a tunnel ended.
@@ -173,8 +177,8 @@ type tunnel struct {
 // takes no stack while Relay waits.
 func newTunnel(client, upstream net.Conn, o Options) *tunnel {
 	t := &tunnel{client: client, upstream: upstream, idle: o.Idle, start: time.Now(), running: 2}
-	t.up = half{t: t, src: client, dst: upstream, from: clientSide, to: upstreamSide, live: o.Up}
-	t.down = half{t: t, src: upstream, dst: client, from: upstreamSide, to: clientSide, live: o.Down}
+	t.up = half{t: t, src: client, dst: upstream, from: clientSide, to: upstreamSide, live: o.Up, first: o.UpFirst}
+	t.down = half{t: t, src: upstream, dst: client, from: upstreamSide, to: clientSide, live: o.Down, first: o.DownFirst}
 	if t.idle > 0 {
 		t.mu.Lock()
 		t.timer = time.AfterFunc(t.idle, t.expire)
@@ -190,6 +194,7 @@ type half struct {
 	from, to side
 	n        int64         // bytes written to dst
 	live     *atomic.Int64 // the same for onlookers, or nil
+	first    []byte        // goes to dst before what src has; nil once it did
 }
 
 // run moves the bytes of one direction, then does what its end means for the
@@ -227,6 +232,14 @@ func (h *half) endOfStream() {
 // copy is the portable way to move bytes. At the end of src's stream it returns
 // a nil error, otherwise the error and the side that it is about.
 func (h *half) copy() (at side, err error) {
+	if first := h.first; len(first) > 0 {
+		h.first = nil
+		n, err := h.dst.Write(first)
+		h.count(n)
+		if err != nil {
+			return h.to, err
+		}
+	}
 	buf := buffers.Get().(*[bufSize]byte)
 	defer buffers.Put(buf)
 	for {

@@ -89,17 +89,20 @@ type stream struct {
 
 func (s *stream) run() (at side, err error) {
 	fill, drain := s.fill, s.drain
+	s.data, s.first = s.first, nil
 	for {
-		if err := s.src.Read(fill); err != nil {
-			return s.from, err
+		if len(s.data) == 0 { // as it is, but at first
+			if err := s.src.Read(fill); err != nil {
+				return s.from, err
+			}
+			if s.err != nil {
+				return s.from, opError("read", s.half.src, s.err)
+			}
+			if s.eof {
+				return s.from, nil
+			}
+			s.t.touch()
 		}
-		if s.err != nil {
-			return s.from, opError("read", s.half.src, s.err)
-		}
-		if s.eof {
-			return s.from, nil
-		}
-		s.t.touch()
 		if err := s.dst.Write(drain); err != nil {
 			return s.to, err
 		}
