@@ -176,7 +176,7 @@ func (p *passage) serve(s side, events uint32) {
 func (p *passage) readHead() {
 	l := p.lane
 	n, err := readFD(p.fd[clientSide], l.buf[:])
-	if err == unix.EAGAIN {
+	if errors.Is(err, unix.EAGAIN) {
 		return
 	}
 	if n == 0 { // a probe, or a connection opened in advance
@@ -319,7 +319,7 @@ func (p *passage) readHello() {
 	l, c := p.lane, &p.setup.c
 	limit := l.s.cfg.Limits.ClientHelloBytes
 	n, err := readFD(p.fd[clientSide], l.buf[:])
-	if err == unix.EAGAIN {
+	if errors.Is(err, unix.EAGAIN) {
 		return
 	}
 	hello, _, err := clienthello.Parse(l.buf[:n], limit)
@@ -333,7 +333,7 @@ func (p *passage) readHello() {
 	}
 	m, err := writeFD(p.fd[farSide], l.buf[:n])
 	switch {
-	case err == nil && m < n || err == unix.EAGAIN: // a far side with very little room
+	case err == nil && m < n || errors.Is(err, unix.EAGAIN): // a far side with very little room
 		rest := bytes.Clone(l.buf[m:n])
 		p.pending = [2]bool{} // nothing may overtake the rest
 		p.start(m)
@@ -377,7 +377,7 @@ func (p *passage) relay(s side, final bool) {
 	for range maxReads {
 		n, err := readFD(p.fd[s], l.buf[:])
 		switch {
-		case err == unix.EAGAIN:
+		case errors.Is(err, unix.EAGAIN):
 			p.full = 0
 			return
 		case err != nil:
@@ -528,7 +528,7 @@ func (p *passage) refuse(r *refusal) {
 func (p *passage) linger() {
 	for p.discard < lingerBytes {
 		n, err := readFD(p.fd[clientSide], p.lane.buf[:])
-		if err == unix.EAGAIN {
+		if errors.Is(err, unix.EAGAIN) {
 			return
 		}
 		if n == 0 {
