@@ -208,8 +208,8 @@ func TestT50MinimalANY(t *testing.T) {
 	}
 }
 
-// TestQueriesOfASourceAreBounded: over any transport together; others are unharmed,
-// each query counts, and there is one event a minute.
+// TestQueriesOfASourceAreBounded: over UDP without a cookie, and over all else together; others are
+// unharmed, each query counts, and there is one event a minute.
 func TestQueriesOfASourceAreBounded(t *testing.T) {
 	const rate = 5
 	for _, tt := range []struct {
@@ -230,19 +230,27 @@ func TestQueriesOfASourceAreBounded(t *testing.T) {
 				wantRcode(t, b.ask(t, alice, "tcp", ask()), dns.RcodeRefused, dns.ExtendedErrorCodeProhibited)
 			}
 			wantData(t, b.ask(t, bob, "udp", question("other.test.", dns.TypeA)))
-			got := b.burst(t, alice, many(10, func(int) *dns.Msg { return ask() }), func() {
+			got := b.burst(t, alice, many(rate+10, func(int) *dns.Msg { return ask() }), func() {
 				eventually(t, "the queries to be counted", func() bool { s := b.resolver.Stats(); return s.QueriesRefused+s.QueriesDropped == 13 })
 				clock.advance(time.Second)
 			})
-			want, refused := 0, 3
+			want, refused := rate, 3
 			if tt.over == OverLimitRefuse {
-				want, refused = 10, 13
+				want, refused = rate+10, 13
 			}
 			if len(got) != want {
 				t.Errorf("%d answers over UDP, want %d", len(got), want)
 			}
+			answered := 0
 			for _, m := range got {
+				if m.Rcode == dns.RcodeSuccess {
+					answered++
+					continue
+				}
 				wantRcode(t, m, dns.RcodeRefused, dns.ExtendedErrorCodeProhibited)
+			}
+			if answered != rate {
+				t.Errorf("%d answered over UDP, want %d", answered, rate)
 			}
 			if s := b.resolver.Stats(); s.QueriesRefused != uint64(refused) {
 				t.Errorf("%d refused, want %d", s.QueriesRefused, refused)
