@@ -29,7 +29,8 @@ type Limits struct {
 
 	// QueriesPerSecond bounds the queries of one address, of IPv6 one /64, over
 	// whatever transport, and QueriesBurst those that come at once; 0 is no bound, and
-	// a burst of as many as a second. OverLimit says what becomes of the others.
+	// a burst of as many as a second. OverLimit says what becomes of the others. Those over UDP
+	// without a valid cookie, which anybody may have sent, are counted apart from the rest.
 	QueriesPerSecond int
 	QueriesBurst     int
 	OverLimit        OverLimit // "" is OverLimitRefuse

@@ -128,6 +128,7 @@ func TestT50AnswersToAPrefixAreBounded(t *testing.T) {
 		got := b.burst(t, tt.source, many(sent, tt.ask), func() {
 			if !tt.all {
 				eventually(t, tt.name+": answers to be held back", func() bool { return over() == sent-rate })
+				eventually(t, tt.name+": the others to be sent", func() bool { return b.server.inFlight.Load() == 0 })
 			}
 			later()
 		})
