@@ -118,6 +118,7 @@ type limiter struct {
 // newLimiter returns the limiter of s.
 func (s *Server) newLimiter() *limiter {
 	now, l := s.cfg.Now(), s.cfg.Limits
+	l.Exempt = unmapped(l.Exempt)
 	m := &limiter{l: l, seed: maphash.MakeSeed(), queries: perSecond(l.QueriesPerSecond, l.QueriesBurst, now)}
 	m.responses = perSecond(l.ResponsesPerSecond, 0, now)
 	if m.queries != nil {

@@ -331,3 +331,14 @@ func TestLimitsAreChecked(t *testing.T) {
 		}
 	}
 }
+
+// Sources are never IPv4-mapped, whatever way the prefixes are written.
+func TestExemptPrefixesMayBeMapped(t *testing.T) {
+	l := NewServer(newResolver(t, Config{Decider: people, Upstreams: []string{"127.0.0.1:9"}, Limits: Limits{QueriesPerSecond: 1,
+		Exempt: []netip.Prefix{netip.MustParsePrefix("::ffff:10.0.0.0/104"), netip.MustParsePrefix("2001:db8::/32")}}}, nil)).limit.l
+	for source, want := range map[string]bool{"10.1.2.3": true, "11.1.2.3": false, "2001:db8::1": true, "2001:db9::1": false} {
+		if got := l.exempt(netip.MustParseAddr(source)); got != want {
+			t.Errorf("%s exempt: %v, want %v", source, got, want)
+		}
+	}
+}
