@@ -139,6 +139,6 @@ func BenchmarkTunnelGuard(b *testing.B) {
 	d := policy.Decision{Verdict: policy.Allow}
 	b.ReportAllocs()
 	for i := 0; b.Loop(); i++ {
-		g.refuses(names[i%len(names)], &d, benchClient.Addr(), now)
+		g.refuses(names[i%len(names)], &d, benchClient.Addr(), false, now)
 	}
 }

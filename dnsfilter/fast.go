@@ -22,6 +22,7 @@ type fast struct {
 	key  [keySize + 17]byte
 	ev   event.Event
 
+	plain  bool // the last query is, and stands in q
 	missed bool // of the last query: it was left because nothing is known of it
 }
 
@@ -54,8 +55,9 @@ func (f *fast) answer(dst, packet []byte, c client, now time.Time, o *outcome) (
 	s, q := f.s, &f.q
 	f.missed = false
 	plain := q.Parse(packet)
+	f.plain = plain
 	req := policy.Request{Source: c.addr.Addr(), Protocol: policy.ProtocolDNS, QType: q.Type, Time: now}
-	if s.tooMany(c, now) {
+	if f.tooMany(c, now) {
 		return f.shed(dst, plain, req, packet, c, now, o), true
 	}
 	if !plain || isMeta(q.Type) || q.Type == dns.TypeANY {
@@ -75,7 +77,7 @@ func (f *fast) answer(dst, packet []byte, c client, now time.Time, o *outcome) (
 		if !f.missed {
 			return dst, false
 		}
-		if s.tunnels == nil || !s.tunnels.refuses(q.Name.Name(), &o.d, c.addr.Addr(), now) {
+		if s.tunnels == nil || !s.tunnels.refuses(q.Name.Name(), &o.d, c.addr.Addr(), f.proven(c, now), now) {
 			return f.holdMissed(dst, packet, c, now, o)
 		}
 		o.d = o.d.Refuse(policy.ReasonLimitExceeded)

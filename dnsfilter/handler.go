@@ -192,7 +192,7 @@ func (s *Server) answer(ctx context.Context, qu *query, now time.Time) (*reply, 
 	case s.cfg.HTTPSRecords == HTTPSNodata && (k.qtype == dns.TypeHTTPS || k.qtype == dns.TypeSVCB):
 		return &reply{local: true}, d, 0
 	}
-	if s.tunnels != nil && !s.resolver.cached(k, now) && s.tunnels.refuses(req.Name, &d, req.Source, now) {
+	if s.tunnels != nil && !s.resolver.cached(k, now) && s.tunnels.refuses(req.Name, &d, req.Source, s.proven(qu.client, qu.cookie, now), now) {
 		d = d.Refuse(policy.ReasonLimitExceeded)
 		return refusal(DenyRefused, d, qu.q), d, 0
 	}

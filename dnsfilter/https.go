@@ -143,7 +143,8 @@ func (w *web) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		return
 	}
 	var back held
-	if !s.serveOne(r.Context(), client{addr: c.client, door: doorHTTPS, back: &back}, packet) {
+	// Not for as long as the request lives: a question goes on until upstreams answer, and takes its room so long.
+	if !s.serveOne(s.life, client{addr: c.client, door: doorHTTPS, back: &back}, packet) {
 		s.counts.dropped.Add(1)
 		refuseDoH(rw, http.StatusServiceUnavailable)
 		return
@@ -166,10 +167,10 @@ func (s *Server) serveOne(ctx context.Context, c client, packet []byte) bool {
 	if done {
 		return true
 	}
-	if !s.enter(c.addr.Addr()) {
+	if !s.enter(c.addr.Addr(), true) {
 		return false
 	}
-	defer s.leave(c.addr.Addr())
+	defer s.leave(c.addr.Addr(), true)
 	s.serveLater(ctx, c, packet, missed)
 	return true
 }

@@ -29,7 +29,8 @@ type Limits struct {
 
 	// QueriesPerSecond bounds the queries of one address, of IPv6 one /64, over
 	// whatever transport, and QueriesBurst those that come at once; 0 is no bound, and
-	// a burst of as many as a second. OverLimit says what becomes of the others.
+	// a burst of as many as a second. OverLimit says what becomes of the others. Those over UDP
+	// without a valid cookie, which anybody may have sent, are counted apart from the rest.
 	QueriesPerSecond int
 	QueriesBurst     int
 	OverLimit        OverLimit // "" is OverLimitRefuse
@@ -47,15 +48,16 @@ const (
 )
 
 const (
-	maxRate        = 100_000          // a second, of either limit
-	maxSlip        = 10               // as BIND has it
-	defaultPrefix4 = 24               // bits
-	defaultPrefix6 = 56               // bits
-	sourceBits6    = 64               // bits of an IPv6 address that make a source
-	tellEvery      = time.Minute      // between events of one source that is over its limit
-	sayEvery       = time.Minute      // between lines in the log about a limit
-	maxShare       = maxInFlight / 16 // of the queries under way, for one source once half of the room is taken
-	shareSlots     = 1 << 14          // 4 bytes each; sources in one slot share maxShare
+	maxRate        = 100_000             // a second, of either limit
+	maxSlip        = 10                  // as BIND has it
+	defaultPrefix4 = 24                  // bits
+	defaultPrefix6 = 56                  // bits
+	sourceBits6    = 64                  // bits of an IPv6 address that make a source
+	tellEvery      = time.Minute         // between events of one source that is over its limit
+	sayEvery       = time.Minute         // between lines in the log about a limit
+	maxShare       = maxInFlight / 16    // of the queries under way, for one source once half of the room is taken
+	maxForgeable   = maxInFlight / 4 * 3 // of the queries under way, when no more are taken from clients that are not proven
+	shareSlots     = 1 << 14             // 4 bytes each; sources in one slot share maxShare
 )
 
 // errHeld is the error of an answer that went out empty, or not at all.
@@ -116,6 +118,7 @@ type limiter struct {
 // newLimiter returns the limiter of s.
 func (s *Server) newLimiter() *limiter {
 	now, l := s.cfg.Now(), s.cfg.Limits
+	l.Exempt = unmapped(l.Exempt)
 	m := &limiter{l: l, seed: maphash.MakeSeed(), queries: perSecond(l.QueriesPerSecond, l.QueriesBurst, now)}
 	m.responses = perSecond(l.ResponsesPerSecond, 0, now)
 	if m.queries != nil {
@@ -135,14 +138,37 @@ func (l *Limits) exempt(source netip.Addr) bool {
 }
 
 // tooMany counts a query from c and reports whether it is one too many.
-func (s *Server) tooMany(c client, now time.Time) bool {
-	m := s.limit
+func (f *fast) tooMany(c client, now time.Time) bool {
+	s, m := f.s, f.s.limit
+	if m.queries == nil {
+		return false
+	}
 	source := c.addr.Addr()
-	if m.queries == nil || m.l.exempt(source) || !m.queries.over(prefixOf(source, 32, sourceBits6), 0, now) {
+	if m.l.exempt(source) || !m.queries.over(prefixOf(source, 32, sourceBits6), kindOfClient(f.proven(c, now)), now) {
 		return false
 	}
 	s.say(0, now, source, "a source asks more than dns.limits.queries_per_second; said once a minute")
 	return true
+}
+
+// proven reports whether c, who sent the last query, receives what is sent to its address:
+// it has a connection, or a cookie that shows it. Whoever forges the address of another client
+// must not spend what that one has, so each source has its limits twice: proven, and not.
+func (f *fast) proven(c client, now time.Time) bool {
+	return !c.udp || f.plain && f.s.proven(c, f.q.Cookie, now)
+}
+
+// proven is the same for a query with a cookie, nil if it has none.
+func (s *Server) proven(c client, cookie []byte, now time.Time) bool {
+	return !c.udp || cookie != nil && s.cookies.proven(cookie, c.addr.Addr(), now)
+}
+
+// kindOfClient returns what a meter tells clients apart by.
+func kindOfClient(proven bool) byte {
+	if proven {
+		return 1
+	}
+	return 0
 }
 
 // shed answers a query too many, which q holds if it is plain, or not at all.
@@ -192,7 +218,7 @@ func kindOf(rcode int, empty bool) byte {
 func (s *Server) sending(c client, cookie []byte, kind byte, now time.Time) sending {
 	m := s.limit
 	source := c.addr.Addr()
-	if m.responses == nil || !c.udp || c.counted || m.l.exempt(source) || cookie != nil && s.cookies.proven(cookie, source, now) ||
+	if m.responses == nil || !c.udp || c.counted || m.l.exempt(source) || s.proven(c, cookie, now) ||
 		!m.responses.over(prefixOf(source, m.l.IPv4Prefix, m.l.IPv6Prefix), kind, now) {
 		return sendWhole
 	}
@@ -266,28 +292,36 @@ func (s *Server) say(limit int, now time.Time, source netip.Addr, what string) {
 
 // enter takes room for a query from source that cannot be answered at once, or reports
 // false. While half of the room is free, anybody may have it; then nobody gets more than
-// a sixteenth of the whole, so that one source cannot keep all others out.
-func (s *Server) enter(source netip.Addr) bool {
-	share := s.share(source)
+// a sixteenth of the whole, so that one source cannot keep all others out. The last quarter is
+// for clients that are proven.
+func (s *Server) enter(source netip.Addr, proven bool) bool {
+	room := int64(maxForgeable)
+	if proven {
+		room = maxInFlight
+	}
+	share := s.share(source, proven)
 	mine, all := share.Add(1), s.inFlight.Add(1)
-	if all <= maxInFlight/2 || all <= maxInFlight && mine <= maxShare {
+	if all <= maxInFlight/2 || all <= room && mine <= maxShare {
 		return true
 	}
-	s.leave(source)
-	if all <= maxInFlight {
+	s.leave(source, proven)
+	if all <= room {
 		s.counts.crowding.Add(1)
 	}
 	return false
 }
 
 // leave gives the room back that enter took.
-func (s *Server) leave(source netip.Addr) {
-	s.share(source).Add(-1)
+func (s *Server) leave(source netip.Addr, proven bool) {
+	s.share(source, proven).Add(-1)
 	s.inFlight.Add(-1)
 }
 
 // share returns how many queries of source are under way.
-func (s *Server) share(source netip.Addr) *atomic.Int32 {
+func (s *Server) share(source netip.Addr, proven bool) *atomic.Int32 {
+	var k [17]byte
 	from := prefixOf(source, 32, sourceBits6).As16()
-	return &s.limit.shares[maphash.Bytes(s.limit.seed, from[:])%shareSlots]
+	copy(k[:], from[:])
+	k[16] = kindOfClient(proven)
+	return &s.limit.shares[maphash.Bytes(s.limit.seed, k[:])%shareSlots]
 }

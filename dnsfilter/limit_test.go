@@ -128,6 +128,7 @@ func TestT50AnswersToAPrefixAreBounded(t *testing.T) {
 		got := b.burst(t, tt.source, many(sent, tt.ask), func() {
 			if !tt.all {
 				eventually(t, tt.name+": answers to be held back", func() bool { return over() == sent-rate })
+				eventually(t, tt.name+": the others to be sent", func() bool { return b.server.inFlight.Load() == 0 })
 			}
 			later()
 		})
@@ -208,8 +209,8 @@ func TestT50MinimalANY(t *testing.T) {
 	}
 }
 
-// TestQueriesOfASourceAreBounded: over any transport together; others are unharmed,
-// each query counts, and there is one event a minute.
+// TestQueriesOfASourceAreBounded: over UDP without a cookie, and over all else together; others are
+// unharmed, each query counts, and there is one event a minute.
 func TestQueriesOfASourceAreBounded(t *testing.T) {
 	const rate = 5
 	for _, tt := range []struct {
@@ -230,19 +231,27 @@ func TestQueriesOfASourceAreBounded(t *testing.T) {
 				wantRcode(t, b.ask(t, alice, "tcp", ask()), dns.RcodeRefused, dns.ExtendedErrorCodeProhibited)
 			}
 			wantData(t, b.ask(t, bob, "udp", question("other.test.", dns.TypeA)))
-			got := b.burst(t, alice, many(10, func(int) *dns.Msg { return ask() }), func() {
+			got := b.burst(t, alice, many(rate+10, func(int) *dns.Msg { return ask() }), func() {
 				eventually(t, "the queries to be counted", func() bool { s := b.resolver.Stats(); return s.QueriesRefused+s.QueriesDropped == 13 })
 				clock.advance(time.Second)
 			})
-			want, refused := 0, 3
+			want, refused := rate, 3
 			if tt.over == OverLimitRefuse {
-				want, refused = 10, 13
+				want, refused = rate+10, 13
 			}
 			if len(got) != want {
 				t.Errorf("%d answers over UDP, want %d", len(got), want)
 			}
+			answered := 0
 			for _, m := range got {
+				if m.Rcode == dns.RcodeSuccess {
+					answered++
+					continue
+				}
 				wantRcode(t, m, dns.RcodeRefused, dns.ExtendedErrorCodeProhibited)
+			}
+			if answered != rate {
+				t.Errorf("%d answered over UDP, want %d", answered, rate)
 			}
 			if s := b.resolver.Stats(); s.QueriesRefused != uint64(refused) {
 				t.Errorf("%d refused, want %d", s.QueriesRefused, refused)
@@ -319,6 +328,17 @@ func TestLimitsAreChecked(t *testing.T) {
 		"tunnel_guard.mode", "unique_names_per_minute: 1", "tunnel_guard.exempt[0]", "queries_burst: goes with"} {
 		if err == nil || err2 == nil || !strings.Contains(err.Error()+err2.Error(), want) {
 			t.Errorf("the mistakes lack %q:\n%v\n%v", want, err, err2)
+		}
+	}
+}
+
+// Sources are never IPv4-mapped, whatever way the prefixes are written.
+func TestExemptPrefixesMayBeMapped(t *testing.T) {
+	l := NewServer(newResolver(t, Config{Decider: people, Upstreams: []string{"127.0.0.1:9"}, Limits: Limits{QueriesPerSecond: 1,
+		Exempt: []netip.Prefix{netip.MustParsePrefix("::ffff:10.0.0.0/104"), netip.MustParsePrefix("2001:db8::/32")}}}, nil)).limit.l
+	for source, want := range map[string]bool{"10.1.2.3": true, "11.1.2.3": false, "2001:db8::1": true, "2001:db9::1": false} {
+		if got := l.exempt(netip.MustParseAddr(source)); got != want {
+			t.Errorf("%s exempt: %v, want %v", source, got, want)
 		}
 	}
 }

@@ -181,7 +181,7 @@ func (t *session) serve(packet []byte) {
 		return
 	}
 	t.out = t.out[:start]
-	if len(packet) > streamRead || !t.s.enter(t.client.addr.Addr()) {
+	if len(packet) > streamRead || !t.s.enter(t.client.addr.Addr(), true) {
 		t.flush() // an error shows again at the next one
 		t.s.serve(t.s.life, t.client, packet)
 		return
@@ -200,7 +200,7 @@ func (t *session) serve(packet []byte) {
 // serveSlow answers one query while others are read.
 func (t *session) serveSlow(ctx context.Context, packet []byte, missed bool) {
 	defer func() {
-		t.s.leave(t.client.addr.Addr())
+		t.s.leave(t.client.addr.Addr(), true)
 		<-t.slots
 	}()
 	t.s.serveLater(ctx, t.client, packet, missed)

@@ -126,7 +126,7 @@ func TestT55OverloadIsBounded(t *testing.T) {
 		<-release
 		w.WriteMsg(m)
 	})
-	b.server.inFlight.Add(maxInFlight - room)
+	b.server.inFlight.Add(maxForgeable - room)
 	c, err := net.Dial("udp", b.addr)
 	if err != nil {
 		t.Fatal(err)
@@ -155,7 +155,7 @@ func TestT55OverloadIsBounded(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	b.server.inFlight.Add(room - maxInFlight)
+	b.server.inFlight.Add(room - maxForgeable)
 	eventually(t, "no query to be under way", func() bool { return b.server.inFlight.Load() == 0 })
 	m := b.ask(t, alice, "udp", question("late.cdn.test.", dns.TypeA))
 	if m.Rcode != dns.RcodeNameError || !slices.Equal(data(m), nil) {

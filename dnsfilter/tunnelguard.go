@@ -107,6 +107,7 @@ type trailSet struct {
 // A trail is what one source has asked for below one domain within a minute.
 type trail struct {
 	source    netip.Addr
+	proven    bool // it is: what others forge is in another trail
 	domain    string
 	minute    int64
 	names     int                   // distinct, as far as the sketch tells them apart
@@ -133,7 +134,7 @@ func newTunnelGuard(s *Server) *tunnelGuard {
 
 // refuses counts name, which d allows and upstreams would be asked for, and reports
 // whether it is refused.
-func (g *tunnelGuard) refuses(name policy.Name, d *policy.Decision, source netip.Addr, now time.Time) bool {
+func (g *tunnelGuard) refuses(name policy.Name, d *policy.Decision, source netip.Addr, proven bool, now time.Time) bool {
 	text := name.String()
 	domain := registrable(text)
 	if len(domain) >= len(text) {
@@ -150,7 +151,7 @@ func (g *tunnelGuard) refuses(name policy.Name, d *policy.Decision, source netip
 	h := maphash.String(g.seed, domain) ^ maphash.Bytes(g.seed, from[:])
 	set := &g.sets[h%trailSets]
 	set.mu.Lock()
-	t := set.find(source, domain)
+	t := set.find(source, proven, domain)
 	minute := now.Unix() / 60
 	t.turn(minute)
 	isNew := t.add(data, g.hash(data))
@@ -203,7 +204,7 @@ func registrable(name string) string {
 }
 
 // find returns the trail of a pair, or one that is made into it. The caller holds mu.
-func (set *trailSet) find(source netip.Addr, domain string) *trail {
+func (set *trailSet) find(source netip.Addr, proven bool, domain string) *trail {
 	victim := 0
 	for i, t := range set.trails {
 		if t == nil {
@@ -211,7 +212,7 @@ func (set *trailSet) find(source netip.Addr, domain string) *trail {
 			set.trails[i] = new(trail)
 			break
 		}
-		if t.source == source && t.domain == domain {
+		if t.source == source && t.proven == proven && t.domain == domain {
 			return t
 		}
 		if v := set.trails[victim]; t.minute < v.minute || t.minute == v.minute && t.names < v.names {
@@ -219,14 +220,14 @@ func (set *trailSet) find(source netip.Addr, domain string) *trail {
 		}
 	}
 	t := set.trails[victim]
-	*t = trail{source: source, domain: strings.Clone(domain)}
+	*t = trail{source: source, proven: proven, domain: strings.Clone(domain)}
 	return t
 }
 
 // turn begins anew if t is of another minute.
 func (t *trail) turn(minute int64) {
 	if t.minute != minute {
-		*t = trail{source: t.source, domain: t.domain, minute: minute, before: t.suspected && minute == t.minute+1}
+		*t = trail{source: t.source, proven: t.proven, domain: t.domain, minute: minute, before: t.suspected && minute == t.minute+1}
 	}
 }
 

@@ -178,7 +178,7 @@ func TestTunnelGuardIsBounded(t *testing.T) {
 	busy := netip.MustParseAddr("192.0.2.1")
 	refused := func(from int) (n int) {
 		for i := range 20 {
-			if g.refuses(policy.MustName(secret(from+i, 18)+".cdn.test"), &d, busy, clock.now()) {
+			if g.refuses(policy.MustName(secret(from+i, 18)+".cdn.test"), &d, busy, false, clock.now()) {
 				n++
 			}
 		}
@@ -186,13 +186,13 @@ func TestTunnelGuardIsBounded(t *testing.T) {
 	}
 	refused(0)
 	for i := range 4 * trailSets * trailWays {
-		g.refuses(policy.MustName("www.cdn.test"), &d, netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), clock.now())
+		g.refuses(policy.MustName("www.cdn.test"), &d, netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), false, clock.now())
 	}
 	if n := refused(100); n != 20 {
 		t.Errorf("a tunnel is forgotten: %d of 20 names are refused", n)
 	}
 	for _, name := range []string{"cdn.test", "test", "co.uk", "uk"} {
-		if g.refuses(policy.MustName(name), &d, busy, clock.now()) {
+		if g.refuses(policy.MustName(name), &d, busy, false, clock.now()) {
 			t.Errorf("%s is refused, which carries nothing", name)
 		}
 	}

@@ -349,6 +349,7 @@ type udpQuery struct {
 	m      message
 	size   int
 	missed bool // as in fast
+	proven bool // the client is
 	packet [readSize]byte
 }
 
@@ -359,13 +360,16 @@ var udpQueries = sync.Pool{New: func() any { return new(udpQuery) }}
 // through here.
 func (r *udpReader) miss(m *message, packet []byte, now time.Time) {
 	s := r.s
-	if !s.enter(m.addr().Addr()) {
+	source := m.addr().Addr()
+	proven := r.fast.proven(client{addr: m.addr(), udp: true}, now)
+	if !s.enter(source, proven) {
 		s.counts.dropped.Add(1)
 		return
 	}
 	q := udpQueries.Get().(*udpQuery)
 	q.s, q.next, q.entry, q.start = s, nil, nil, now
 	q.u, q.m, q.size, q.missed = r.u, *m, copy(q.packet[:], packet), r.fast.missed
+	q.proven = proven
 	s.slow.Add(1)
 	if q.missed && s.cfg.Cache.Size > 0 && r.up.forward(q, keyOf(&r.fast.q)) {
 		return
@@ -386,10 +390,10 @@ func (s *Server) answerUDP(q *udpQuery) {
 
 // done frees q, which has been answered.
 func (q *udpQuery) done() {
-	s, source := q.s, q.m.addr().Addr()
+	s, source, proven := q.s, q.m.addr().Addr(), q.proven
 	q.s, q.entry, q.u = nil, nil, nil
 	udpQueries.Put(q)
-	s.leave(source)
+	s.leave(source, proven)
 	s.slow.Done()
 }
 

@@ -34,6 +34,7 @@ type udpQuery struct {
 	session *dns.SessionUDP
 	addr    netip.AddrPort
 	missed  bool // as in fast
+	proven  bool // the client is
 	packet  []byte
 }
 
@@ -62,7 +63,8 @@ func (s *Server) serveUDP(u *udpSocket) error {
 			f.observe(&o, buf[:n], now, s.cfg.Now(), err)
 			continue
 		}
-		if !s.enter(q.addr.Addr()) {
+		q.proven = f.proven(client{addr: q.addr, udp: true}, now)
+		if !s.enter(q.addr.Addr(), q.proven) {
 			s.counts.dropped.Add(1)
 			continue
 		}
@@ -74,7 +76,7 @@ func (s *Server) serveUDP(u *udpSocket) error {
 
 func (s *Server) answerUDP(q *udpQuery) {
 	defer s.slow.Done()
-	defer s.leave(q.addr.Addr())
+	defer s.leave(q.addr.Addr(), q.proven)
 	s.serveLater(s.life, client{addr: q.addr, udp: true, back: q}, q.packet, q.missed)
 }
 

@@ -19,7 +19,7 @@ const (
 	// tallyPause is how often decisions are counted, if not more often for their number.
 	tallyPause = time.Second
 	// tallyRate bounds the decisions counted a second, and so what counting costs.
-	tallyRate = 50_000
+	tallyRate = 10_000
 )
 
 // A Tally counts who and what is seen most in a Ring, over the last half hour to
