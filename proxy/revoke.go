@@ -79,6 +79,13 @@ func revokedBy(d *policy.Decision, err error) *refusal {
 	return &refusal{decision: d.Refuse(policy.ReasonPolicyRevoked), status: http.StatusForbidden, token: statusRequestDenied, err: err}
 }
 
+// done says that the exchange needs its connection no more, which may serve others.
+func (l *liveExchange) done() {
+	l.mu.Lock()
+	l.upstream = nil
+	l.mu.Unlock()
+}
+
 // answer says that the response begins.
 func (l *liveExchange) answer() {
 	l.mu.Lock()
