@@ -42,7 +42,8 @@ type carrier struct {
 	idle    map[string][]*upstreamConn // by authority; the newest last
 	n       int                        // connections in idle
 	retired bool                       // no connection becomes idle any more
-	sweeper *time.Timer                // runs while there are idle connections; nil: there never was one
+	sweeper *time.Timer                // nil: no connection was idle yet
+	awaited bool                       // sweeper runs
 }
 
 func (s *Server) newCarrier(dial dialContext) *carrier {
@@ -76,7 +77,7 @@ func (ex *exchange) carries(r *http.Request) bool {
 // http.Transport does.
 func (c *carrier) RoundTrip(r *http.Request) (*http.Response, error) {
 	ex := exchangeOf(r)
-	if !ex.carries(r) {
+	if !ex.carried {
 		return c.rest.RoundTrip(r)
 	}
 	if conn := c.take(r.URL.Host); conn != nil {
@@ -87,7 +88,7 @@ func (c *carrier) RoundTrip(r *http.Request) (*http.Response, error) {
 		// The far side closed the connection as we were about to use it, or the rule for
 		// it has expired.
 	}
-	conn, err := c.dial(r.Context(), "tcp", r.URL.Host)
+	conn, err := c.dial(context.WithValue(r.Context(), exchangeKey{}, ex), "tcp", r.URL.Host)
 	if err != nil {
 		return nil, err
 	}
@@ -131,10 +132,7 @@ var errExpired = errors.New("the rule for the connection has expired")
 func (c *upstreamConn) exchange(ex *exchange, r *http.Request) (*http.Response, error) {
 	w := requestWriters.Get().(*bufio.Writer)
 	w.Reset(&c.idleConn)
-	err := r.Write(w)
-	if err == nil {
-		err = w.Flush()
-	}
+	err := writeRequest(w, r)
 	w.Reset(nil)
 	requestWriters.Put(w)
 	if err != nil {
@@ -157,6 +155,26 @@ func (c *upstreamConn) exchange(ex *exchange, r *http.Request) (*http.Response, 
 		}
 	}
 }
+
+// writeRequest writes r, which has no body, as http.Request.Write does.
+func writeRequest(w *bufio.Writer, r *http.Request) error {
+	w.WriteString(r.Method)
+	w.WriteByte(' ')
+	w.WriteString(r.URL.RequestURI())
+	w.WriteString(" HTTP/1.1\r\nHost: ")
+	w.WriteString(r.Host)
+	w.WriteString("\r\n")
+	if agent := r.Header["User-Agent"]; len(agent) == 1 && agent[0] == "" {
+		delete(r.Header, "User-Agent") // which asks for none
+	}
+	r.Header.WriteSubset(w, notWritten)
+	w.WriteString("\r\n")
+	return w.Flush() // which repeats an error of the others
+}
+
+// notWritten are the fields that are written otherwise, or not at all for lack of a
+// body.
+var notWritten = map[string]bool{"Host": true, "Content-Length": true, "Transfer-Encoding": true, "Trailer": true}
 
 // drop closes the connection.
 func (c *upstreamConn) drop() {
@@ -284,9 +302,10 @@ func (c *carrier) put(authority string, conn *upstreamConn) {
 	c.idle[authority] = append(c.idle[authority], conn)
 	if c.n++; c.sweeper == nil {
 		c.sweeper = time.AfterFunc(sweepEvery, c.sweep)
-	} else if c.n == 1 && len(c.idle) == 1 {
+	} else if !c.awaited {
 		c.sweeper.Reset(sweepEvery)
 	}
+	c.awaited = true
 	c.mu.Unlock()
 	if old != nil {
 		old.Close()
@@ -326,7 +345,7 @@ func (c *carrier) sweep() {
 			delete(c.idle, authority)
 		}
 	}
-	if len(c.idle) > 0 && !c.retired {
+	if c.awaited = len(c.idle) > 0 && !c.retired; c.awaited {
 		c.sweeper.Reset(sweepEvery)
 	}
 }

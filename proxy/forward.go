@@ -44,7 +44,14 @@ var copyBuffers = sync.Pool{New: func() any { return new([copySize]byte) }}
 type exchangeKey struct{}
 
 // exchangeOf returns the exchange that r, on its way to the far side, belongs to.
-func exchangeOf(r *http.Request) *exchange { return r.Context().Value(exchangeKey{}).(*exchange) }
+// It is called in the goroutine of the exchange, on whose connection of HTTP/1 there is
+// no other one.
+func exchangeOf(r *http.Request) *exchange {
+	if ex, ok := r.Context().Value(exchangeKey{}).(*exchange); ok {
+		return ex
+	}
+	return r.Context().Value(clientKey{}).(*clientConn).live.ex
+}
 
 // An exchange is one plain HTTP request and its response. It is also the
 // http.ResponseWriter that goproxy writes to.
@@ -75,6 +82,7 @@ type exchange struct {
 	via     string // of the request, as it came
 	modern  bool   // the client speaks HTTP/1.1
 	interim interim
+	carried bool // by a carrier itself
 	trace   httptrace.ClientTrace
 	answer  countingBody                    // of the response
 	revoked atomic.Pointer[policy.Decision] // what a later policy said
@@ -397,9 +405,12 @@ func (ex *exchange) refuse(r *refusal) {
 
 // forward lets goproxy drive the exchange.
 func (ex *exchange) forward(r *http.Request) {
-	ex.trace = httptrace.ClientTrace{GotConn: ex.gotConn, Got1xxResponse: ex.got1xx}
-	ctx := context.WithValue(r.Context(), exchangeKey{}, ex)
-	out := r.WithContext(httptrace.WithClientTrace(ctx, &ex.trace))
+	out := r
+	if ex.carried = ex.carries(r); !ex.carried || ex.http2 {
+		ex.trace = httptrace.ClientTrace{GotConn: ex.gotConn, Got1xxResponse: ex.got1xx}
+		ctx := context.WithValue(r.Context(), exchangeKey{}, ex)
+		out = r.WithContext(httptrace.WithClientTrace(ctx, &ex.trace))
+	}
 	prepare(out)
 	if ex.body == nil {
 		out.Body = http.NoBody
