@@ -82,7 +82,7 @@ func (c *carrier) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	if conn := c.take(r.URL.Host); conn != nil {
 		resp, err := c.carry(ex, r, conn, true)
-		if err == nil || conn.heard || !isStale(err) || ex.revoked.Load() != nil || r.Context().Err() != nil {
+		if err == nil || conn.heard || !isStale(err) || ex.revoked.Load() != nil || ex.abandoned(r) {
 			return resp, err
 		}
 		// The far side closed the connection as we were about to use it, or the rule for
@@ -108,17 +108,15 @@ func (c *carrier) carry(ex *exchange, r *http.Request, conn *upstreamConn, used 
 		}
 		return nil, denied(d)
 	}
-	stop := context.AfterFunc(r.Context(), conn.leave)
+	b := &carried{carrier: c, conn: conn, ex: ex, r: r}
+	if ex.http2 { // on HTTP/1 watch sees to it
+		b.stop = context.AfterFunc(r.Context(), ex.client.live.leave)
+	}
 	resp, err := conn.exchange(ex, r)
 	if err != nil {
-		stop()
-		conn.drop()
-		if cause := r.Context().Err(); cause != nil {
-			err = cause
-		}
-		return nil, err
+		return nil, b.end(err)
 	}
-	b := &carried{ReadCloser: resp.Body, carrier: c, conn: conn, ex: ex, r: r, stop: stop, keep: !resp.Close}
+	b.ReadCloser, b.keep = resp.Body, !resp.Close
 	if resp.Body == http.NoBody {
 		b.end(io.EOF)
 	}
@@ -202,7 +200,7 @@ type carried struct {
 	conn          *upstreamConn // nil: it was given back, or closed
 	ex            *exchange
 	r             *http.Request
-	stop          func() bool // no longer leaves the connection when the client goes
+	stop          func() bool // ends the watch for the client's going; nil: that is not ours
 	keep          bool        // both sides would keep the connection
 	err           error       // of reads from now on
 }
@@ -231,16 +229,18 @@ func (b *carried) Close() error {
 func (b *carried) end(err error) error {
 	conn := b.conn
 	b.conn, b.err = nil, err
-	left := !b.stop()
+	if b.stop != nil {
+		b.stop()
+	}
 	b.ex.client.live.done()
-	if err == io.EOF && b.keep && !left && conn.clean() {
+	if err == io.EOF && b.keep && !b.ex.abandoned(b.r) && conn.clean() {
 		conn.forgetReader()
 		b.carrier.put(b.r.URL.Host, conn)
 		return err
 	}
 	conn.drop()
-	if cause := b.r.Context().Err(); err != io.EOF && cause != nil {
-		b.err = cause
+	if err != io.EOF && b.ex.abandoned(b.r) {
+		b.err = errClientLeft
 	}
 	return b.err
 }

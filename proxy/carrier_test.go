@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -399,4 +400,22 @@ func TestCarrierBounds(t *testing.T) {
 	if c.n != 0 {
 		t.Error("a retired carrier keeps a connection")
 	}
+}
+
+// TestCarrierAtTheEnd cuts an exchange at shutdown whose client has sent more, so that
+// nobody reads from it.
+func TestCarrierAtTheEnd(t *testing.T) {
+	k := startCarrying(t)
+	k.ask("GET")
+	k.ask("GET")
+	u := k.o.accept(t)
+	asked(t, u)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	k.srv.Shutdown(ctx)
+	k.ended(u)
+	if ev := k.next(); ev.Status != 0 {
+		t.Errorf("event %+v", ev)
+	}
+	k.quiet()
 }

@@ -86,6 +86,7 @@ type exchange struct {
 	trace   httptrace.ClientTrace
 	answer  countingBody                    // of the response
 	revoked atomic.Pointer[policy.Decision] // what a later policy said
+	left    atomic.Bool                     // the client has gone
 }
 
 // newGoproxy returns the part of goproxy that is used: it drives a decided
@@ -503,6 +504,11 @@ func roundTrip(r *http.Request, _ *goproxy.ProxyCtx) (*http.Response, error) {
 	return resp, nil
 }
 
+// abandoned reports whether nobody waits for the response to r any more.
+func (ex *exchange) abandoned(r *http.Request) bool {
+	return ex.left.Load() || r.Context().Err() != nil
+}
+
 var errClientLeft = errors.New("the client closed before the response")
 
 var errUnaskedUpgrade = errors.New("malformed response: 101 without a request for an upgrade")
@@ -520,7 +526,7 @@ func (ex *exchange) receive(resp *http.Response) {
 // failed returns the answer for an error of the far side.
 func (ex *exchange) failed(r *http.Request, err error) *http.Response {
 	bad := ex.client.badBody.Load()
-	if bad == nil && r.Context().Err() != nil { // nobody reads an answer, and the far side has not failed
+	if bad == nil && ex.abandoned(r) { // nobody reads an answer, and the far side has not failed
 		ex.broken = errClientLeft
 		panic(http.ErrAbortHandler)
 	}
@@ -741,7 +747,6 @@ type upstreamConn struct {
 	reader *bufio.Reader // of a response under way; nil: there is none
 	heard  bool          // something has come since the last request
 	since  time.Time     // it has been idle
-	leave  func()        // closes it
 	raw    syscall.RawConn
 	probe  func(fd uintptr) bool // reads into one
 	one    [1]byte
@@ -749,14 +754,12 @@ type upstreamConn struct {
 }
 
 func (s *Server) newUpstreamConn(c net.Conn, t trip) *upstreamConn {
-	u := &upstreamConn{
+	return &upstreamConn{
 		idleConn: idleConn{Conn: c, idle: s.cfg.Timeouts.Idle},
 		in:       framed{framing: framing{limit: s.cfg.Limits.HeaderBytes, response: true}},
 		remote:   remoteAddr(c), dnsTime: t.dnsTime, connTime: t.connTime,
 		checked: t.request.Destination, parent: t.parent,
 	}
-	u.leave = func() { c.Close() }
-	return u
 }
 
 // ask says that a request is about to be sent.

@@ -478,6 +478,7 @@ func (s *Server) cutAll() {
 	s.eachLane((*lane).cutAll)
 	s.tunnels.each((*tunnel).cut)
 	s.http.Close()
+	s.clients.each((*liveExchange).leave) // those too whose connections nobody watches
 }
 
 // Stats returns a snapshot.
