@@ -124,6 +124,8 @@ func (c *carrier) carry(ex *exchange, r *http.Request, conn *upstreamConn, used 
 	return resp, nil
 }
 
+var errLeftWithin = errors.New("the client closed before the end of the response")
+
 var errExpired = errors.New("the rule for the connection has expired")
 
 // exchange sends r and reads the head of the response, after the 1xx ones.
@@ -239,8 +241,8 @@ func (b *carried) end(err error) error {
 		return err
 	}
 	conn.drop()
-	if err != io.EOF && b.ex.abandoned(b.r) {
-		b.err = errClientLeft
+	if !errors.Is(err, io.EOF) && b.ex.abandoned(b.r) {
+		b.err = errLeftWithin
 	}
 	return b.err
 }
