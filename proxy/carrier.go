@@ -231,17 +231,18 @@ func (b *carried) Close() error {
 func (b *carried) end(err error) error {
 	conn := b.conn
 	b.conn, b.err = nil, err
+	whole := errors.Is(err, io.EOF)
 	if b.stop != nil {
 		b.stop()
 	}
 	b.ex.client.live.done()
-	if err == io.EOF && b.keep && !b.ex.abandoned(b.r) && conn.clean() {
+	if whole && b.keep && !b.ex.abandoned(b.r) && conn.clean() {
 		conn.forgetReader()
 		b.carrier.put(b.r.URL.Host, conn)
 		return err
 	}
 	conn.drop()
-	if !errors.Is(err, io.EOF) && b.ex.abandoned(b.r) {
+	if !whole && b.ex.abandoned(b.r) {
 		b.err = errLeftWithin
 	}
 	return b.err
