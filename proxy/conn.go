@@ -171,6 +171,9 @@ func (c *clientConn) watch() (int, error) {
 		c.in.held, c.in.short = c.one[:1:1], true
 		return 0, nil
 	}
+	if err != nil && !c.interrupted() {
+		c.live.leave()
+	}
 	return 0, err
 }
 

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -14,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/elazarl/goproxy"
@@ -24,11 +26,6 @@ import (
 
 const (
 	defaultPort = ":80" // of the http scheme
-
-	// Upstream connections kept for another request.
-	idlePerHost = 16
-	idlePerPool = 256
-	idleTime    = 90 * time.Second
 
 	copySize = 32 << 10 // bytes of a body moved at a time
 
@@ -45,6 +42,16 @@ var copyBuffers = sync.Pool{New: func() any { return new([copySize]byte) }}
 
 // exchangeKey finds the exchange in a request's context.
 type exchangeKey struct{}
+
+// exchangeOf returns the exchange that r, on its way to the far side, belongs to.
+// It is called in the goroutine of the exchange, on whose connection of HTTP/1 there is
+// no other one.
+func exchangeOf(r *http.Request) *exchange {
+	if ex, ok := r.Context().Value(exchangeKey{}).(*exchange); ok {
+		return ex
+	}
+	return r.Context().Value(clientKey{}).(*clientConn).live.ex
+}
 
 // An exchange is one plain HTTP request and its response. It is also the
 // http.ResponseWriter that goproxy writes to.
@@ -75,9 +82,11 @@ type exchange struct {
 	via     string // of the request, as it came
 	modern  bool   // the client speaks HTTP/1.1
 	interim interim
+	carried bool // by a carrier itself
 	trace   httptrace.ClientTrace
 	answer  countingBody                    // of the response
 	revoked atomic.Pointer[policy.Decision] // what a later policy said
+	left    atomic.Bool                     // the client has gone
 }
 
 // newGoproxy returns the part of goproxy that is used: it drives a decided
@@ -397,9 +406,12 @@ func (ex *exchange) refuse(r *refusal) {
 
 // forward lets goproxy drive the exchange.
 func (ex *exchange) forward(r *http.Request) {
-	ex.trace = httptrace.ClientTrace{GotConn: ex.gotConn, Got1xxResponse: ex.got1xx}
-	ctx := context.WithValue(r.Context(), exchangeKey{}, ex)
-	out := r.WithContext(httptrace.WithClientTrace(ctx, &ex.trace))
+	out := r
+	if ex.carried = ex.carries(r); !ex.carried || ex.http2 {
+		ex.trace = httptrace.ClientTrace{GotConn: ex.gotConn, Got1xxResponse: ex.got1xx}
+		ctx := context.WithValue(r.Context(), exchangeKey{}, ex)
+		out = r.WithContext(httptrace.WithClientTrace(ctx, &ex.trace))
+	}
 	prepare(out)
 	if ex.body == nil {
 		out.Body = http.NoBody
@@ -478,8 +490,8 @@ func stripHopByHop(h http.Header) {
 // roundTrip is the RoundTripper that goproxy calls. What fails becomes an answer
 // here, so that goproxy never writes an error text of its own.
 func roundTrip(r *http.Request, _ *goproxy.ProxyCtx) (*http.Response, error) {
-	ex := r.Context().Value(exchangeKey{}).(*exchange)
-	resp, err := ex.transport().RoundTrip(r)
+	ex := exchangeOf(r)
+	resp, err := ex.carrier().RoundTrip(r)
 	ex.interim.end()
 	if err == nil && resp.StatusCode == http.StatusSwitchingProtocols {
 		resp.Body.Close()
@@ -490,6 +502,11 @@ func roundTrip(r *http.Request, _ *goproxy.ProxyCtx) (*http.Response, error) {
 	}
 	ex.receive(resp)
 	return resp, nil
+}
+
+// abandoned reports whether nobody waits for the response to r any more.
+func (ex *exchange) abandoned(r *http.Request) bool {
+	return ex.left.Load() || r.Context().Err() != nil
 }
 
 var errClientLeft = errors.New("the client closed before the response")
@@ -509,7 +526,7 @@ func (ex *exchange) receive(resp *http.Response) {
 // failed returns the answer for an error of the far side.
 func (ex *exchange) failed(r *http.Request, err error) *http.Response {
 	bad := ex.client.badBody.Load()
-	if bad == nil && r.Context().Err() != nil { // nobody reads an answer, and the far side has not failed
+	if bad == nil && ex.abandoned(r) { // nobody reads an answer, and the far side has not failed
 		ex.broken = errClientLeft
 		panic(http.ErrAbortHandler)
 	}
@@ -537,38 +554,45 @@ func (ex *exchange) failed(r *http.Request, err error) *http.Response {
 	}
 }
 
-// transport returns the http.Transport for the exchange: inside a CONNECT the
-// session's own, else that of the source's group under the policy that decided.
-func (ex *exchange) transport() *http.Transport {
+// carrier returns what carries the exchange: inside a CONNECT the session's own, else
+// that of the source's group under the policy that decided.
+func (ex *exchange) carrier() *carrier {
 	if t := ex.client.session; t != nil {
-		return t.transport
+		return t.carrier
 	}
 	return ex.s.pools.get(poolKey{ex.admitted.Group, ex.admitted.Revision, ex.who.user})
 }
 
-// gotConn is called in the goroutine of the round trip.
+// gotConn is called in the goroutine of the round trip by http.Transport.
 func (ex *exchange) gotConn(info httptrace.GotConnInfo) {
 	c, ok := info.Conn.(*upstreamConn)
 	if !ok {
 		return
 	}
-	ex.ev.Destination = c.remote
-	if !info.Reused {
-		ex.ev.DNSTime, ex.ev.ConnTime = c.dnsTime, c.connTime
-	}
-	ex.ev.Parent = c.parent
-	c.ask(ex.method)
-	// With the address known another rule may be the one that counts.
-	req := ex.request
-	ex.s.towards(&req, c.checked)
-	ex.client.live.reached(c, req)
-	if d := ex.s.cfg.Decider.Decide(req); d.Passes() {
-		ex.decision = d
-	} else {
+	if d := ex.reached(c, info.Reused); !d.Passes() {
 		// The rule that opened this connection has expired since. net/http dials
 		// another one, which is decided from the start.
 		info.Conn.Close()
 	}
+}
+
+// reached says that c is what serves the exchange, and returns what is decided on it:
+// with the address known another rule may be the one that counts.
+func (ex *exchange) reached(c *upstreamConn, used bool) policy.Decision {
+	ex.ev.Destination = c.remote
+	if !used {
+		ex.ev.DNSTime, ex.ev.ConnTime = c.dnsTime, c.connTime
+	}
+	ex.ev.Parent = c.parent
+	c.ask(ex.method)
+	req := ex.request
+	ex.s.towards(&req, c.checked)
+	ex.client.live.reached(c, req)
+	d := ex.s.cfg.Decider.Decide(req)
+	if d.Passes() {
+		ex.decision = d
+	}
+	return d
 }
 
 // unread reports whether something of the request's body has not been read, or
@@ -670,16 +694,16 @@ type poolKey struct{ group, revision, user string }
 // maxPools bounds the pools, as there may be many users. With more all are retired.
 const maxPools = 1024
 
-// pools holds the http.Transports. Within one of them a connection to a name and
+// pools holds the carriers. Within one of them a connection to a name and
 // port is used again for the same name and port alone. As group, name, port and
 // policy are the same, so is the answer for its address.
 type pools struct {
 	s  *Server
 	mu sync.Mutex // guards m
-	m  map[poolKey]*http.Transport
+	m  map[poolKey]*carrier
 }
 
-func (p *pools) get(k poolKey) *http.Transport {
+func (p *pools) get(k poolKey) *carrier {
 	p.mu.Lock()
 	if len(p.m) >= maxPools && p.m[k] == nil {
 		p.mu.Unlock()
@@ -689,7 +713,7 @@ func (p *pools) get(k poolKey) *http.Transport {
 	defer p.mu.Unlock()
 	t := p.m[k]
 	if t == nil {
-		t = p.s.newTransport(p.s.dialExchange)
+		t = p.s.newCarrier(p.s.dialExchange)
 		p.m[k] = t
 	}
 	return t
@@ -700,7 +724,7 @@ func (p *pools) get(k poolKey) *http.Transport {
 func (p *pools) retire() {
 	p.mu.Lock()
 	old := p.m
-	p.m = make(map[poolKey]*http.Transport)
+	p.m = make(map[poolKey]*carrier)
 	p.mu.Unlock()
 	for _, t := range old {
 		t.CloseIdleConnections()
@@ -708,18 +732,6 @@ func (p *pools) retire() {
 }
 
 type dialContext = func(ctx context.Context, network, addr string) (net.Conn, error)
-
-func (s *Server) newTransport(dial dialContext) *http.Transport {
-	return &http.Transport{
-		DialContext:            dial,
-		DisableCompression:     true,
-		MaxIdleConns:           idlePerPool,
-		MaxIdleConnsPerHost:    idlePerHost,
-		IdleConnTimeout:        idleTime,
-		ExpectContinueTimeout:  expectPatience,
-		MaxResponseHeaderBytes: int64(s.cfg.Limits.HeaderBytes),
-	}
-}
 
 // An upstreamConn is a connection in a pool, and how it came about. Responses that
 // are not framed in one clear way end it.
@@ -730,6 +742,15 @@ type upstreamConn struct {
 	dnsTime, connTime time.Duration
 	checked           netip.Addr // the destination's, as decided; zero if only a parent can resolve it
 	parent            string     // as in a trip
+
+	// Of a carrier.
+	reader *bufio.Reader // of a response under way; nil: there is none
+	heard  bool          // something has come since the last request
+	since  time.Time     // it has been idle
+	raw    syscall.RawConn
+	probe  func(fd uintptr) bool // reads into one
+	one    [1]byte
+	quiet  bool // probe found nothing
 }
 
 func (s *Server) newUpstreamConn(c net.Conn, t trip) *upstreamConn {
@@ -750,7 +771,18 @@ func (c *upstreamConn) ask(method string) {
 	}
 }
 
-func (c *upstreamConn) Read(p []byte) (int, error) { return c.in.read(&c.idleConn, p) }
+func (c *upstreamConn) Read(p []byte) (int, error) { return c.in.read((*upstreamReader)(c), p) }
+
+// An upstreamReader reads the connection under an upstreamConn.
+type upstreamReader upstreamConn
+
+func (c *upstreamReader) Read(p []byte) (int, error) {
+	n, err := c.idleConn.Read(p)
+	if n > 0 {
+		c.heard = true
+	}
+	return n, err
+}
 
 // dialExchange connects to the destination of the exchange in ctx; addr, which
 // says the same, is not looked at.

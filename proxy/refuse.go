@@ -131,14 +131,19 @@ func exchangeFailed(d policy.Decision, err error) *refusal {
 		return r
 	}
 	r = &refusal{decision: d.Refuse(policy.ReasonConnectFailed), status: http.StatusBadGateway, token: statusTerminated, err: err}
-	var op *net.OpError
 	switch {
 	case isTimeout(err):
 		r.status, r.token = http.StatusGatewayTimeout, statusResponseTimeout
-	case !errors.As(err, &op) && strings.Contains(err.Error(), "malformed"):
+	case isMalformed(err):
 		r.token = statusProtocolError
 	}
 	return r
+}
+
+// isMalformed reports whether err is about what a response said.
+func isMalformed(err error) bool {
+	var op *net.OpError
+	return !errors.As(err, &op) && strings.Contains(err.Error(), "malformed")
 }
 
 // isTimeout reports whether a deadline is the cause of err.

@@ -66,9 +66,9 @@ func (l *liveExchange) begin(ex *exchange) {
 func (l *liveExchange) reached(conn net.Conn, request policy.Request) {
 	l.mu.Lock()
 	l.upstream, l.request = conn, request
-	revoked := l.ex != nil && l.ex.revoked.Load() != nil
+	over := l.ex != nil && (l.ex.revoked.Load() != nil || l.ex.left.Load() || l.ex.s.life.Err() != nil)
 	l.mu.Unlock()
-	if revoked {
+	if over {
 		conn.Close()
 	}
 }
@@ -77,6 +77,26 @@ func (l *liveExchange) reached(conn net.Conn, request policy.Request) {
 // it ended.
 func revokedBy(d *policy.Decision, err error) *refusal {
 	return &refusal{decision: d.Refuse(policy.ReasonPolicyRevoked), status: http.StatusForbidden, token: statusRequestDenied, err: err}
+}
+
+// done says that the exchange needs its connection no more, which may serve others.
+func (l *liveExchange) done() {
+	l.mu.Lock()
+	l.upstream = nil
+	l.mu.Unlock()
+}
+
+// leave says that the client has gone, and takes the far side away.
+func (l *liveExchange) leave() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.ex == nil {
+		return
+	}
+	l.ex.left.Store(true)
+	if l.upstream != nil {
+		l.upstream.Close()
+	}
 }
 
 // answer says that the response begins.

@@ -200,7 +200,7 @@ func New(cfg Config) *Server {
 	}
 	s.ways.Store(newWays(&cfg.Routes, cfg.Resolver))
 	s.life, s.cut = context.WithCancel(context.Background())
-	s.pools = pools{s: s, m: make(map[poolKey]*http.Transport)}
+	s.pools = pools{s: s, m: make(map[poolKey]*carrier)}
 	s.goproxy = newGoproxy(s)
 	s.http = &http.Server{
 		Handler:                      forwarder{s},
@@ -478,6 +478,7 @@ func (s *Server) cutAll() {
 	s.eachLane((*lane).cutAll)
 	s.tunnels.each((*tunnel).cut)
 	s.http.Close()
+	s.clients.each((*liveExchange).leave) // those too whose connections nobody watches
 }
 
 // Stats returns a snapshot.

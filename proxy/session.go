@@ -3,7 +3,6 @@ package proxy
 import (
 	"context"
 	"net"
-	"net/http"
 	"net/netip"
 	"sync"
 
@@ -14,9 +13,9 @@ import (
 // net/http, for the authority of the CONNECT alone, and all requests go to the
 // address that was checked for it. The tunnel stands for it in the registry.
 type session struct {
-	tunnel    *tunnel
-	transport *http.Transport // shared with nobody
-	to        netip.AddrPort
+	tunnel  *tunnel
+	carrier *carrier // shared with nobody
+	to      netip.AddrPort
 
 	mu   sync.Mutex // guards conn
 	conn net.Conn   // dialled for the CONNECT; nil once used
@@ -40,7 +39,7 @@ func (c *connect) startSession(upstream net.Conn, raw []byte) {
 		return
 	}
 	s := &session{tunnel: c.newTunnel(), to: c.ev.Destination, conn: upstream}
-	s.transport = c.s.newTransport(s.dial)
+	s.carrier = c.s.newCarrier(s.dial)
 	c.s.register(s.tunnel, c.generation)
 	c.s.serveByHTTP(&clientConn{
 		idleConn: idleConn{Conn: c.client, idle: c.s.clientIdle()},
@@ -85,6 +84,6 @@ func (s *session) end() {
 	if conn := s.take(); conn != nil {
 		conn.Close()
 	}
-	s.transport.CloseIdleConnections()
+	s.carrier.CloseIdleConnections()
 	s.tunnel.end("")
 }

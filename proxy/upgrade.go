@@ -51,7 +51,7 @@ func (ex *exchange) upgrade(r *http.Request, protocol string) {
 	}
 	switch {
 	case refused == nil:
-	case r.Context().Err() != nil: // nobody reads an answer, and the far side has not failed
+	case ex.abandoned(r): // nobody reads an answer, and the far side has not failed
 		ex.broken = errClientLeft
 	default:
 		if d := ex.revoked.Load(); d != nil {
