@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
@@ -17,6 +18,7 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
+	"sallyport/internal/admin"
 	"sallyport/internal/metrics"
 	"sallyport/policy"
 	"sallyport/policy/event"
@@ -52,6 +54,7 @@ func families(t *testing.T) map[string]family {
 		},
 	})
 	m.ObserveDiscovery(func() metrics.DiscoveryStats { return metrics.DiscoveryStats{} })
+	m.ObserveAdmin(admin.New(admin.Config{Metrics: http.NotFoundHandler()}).Refused)
 	m.SetPolicy("r1", []string{"g"})
 	m.SetReload(true, time.Now())
 	for _, listener := range []string{"proxy", "proxy_tls", "dns", "dns_tls", "dns_https"} {

@@ -66,7 +66,11 @@ func (g *gate) newAdmin() (warnings []*policy.Error, err error) {
 		c.API.Recent, c.API.Follow, c.API.Top, c.API.Series = a.ring.Recent, a.ring.Follow, a.tally.Top, a.sampler.Series
 	}
 	g.offerDiscovery(&c.API)
+	c.Logger = g.logger
 	g.admin = admin.New(withPages(c))
+	if s.Listen != "" {
+		g.metrics.ObserveAdmin(g.admin.Refused)
+	}
 	return warnings, nil
 }
 

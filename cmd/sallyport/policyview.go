@@ -1,8 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -112,7 +114,11 @@ func newPolicyDetail(doc *policy.Document) admin.PolicyDetail {
 	if doc.UnmatchedSource != "" {
 		d.UnmatchedSource = doc.UnmatchedSource
 	}
-	rules := func(path string, rules []policy.Rule) []admin.RuleDetail {
+	files := map[string]string{}
+	for i := range doc.Lists {
+		files[doc.Lists[i].Name] = doc.Lists[i].File
+	}
+	rules := func(path string, rules []policy.Rule, of *policy.TLSRule) []admin.RuleDetail {
 		ids := policy.RuleIDs(rules)
 		out := make([]admin.RuleDetail, 0, min(left, len(rules)))
 		for i := range rules {
@@ -125,20 +131,47 @@ func newPolicyDetail(doc *policy.Document) admin.PolicyDetail {
 			out = append(out, admin.RuleDetail{
 				ID: ids[i], Names: some(r.Names, viewNames), NameCount: len(r.Names), Addresses: some(r.Addresses, viewNames),
 				Ports: some(r.Ports, viewNames), Protocol: r.Protocol, QTypes: some(r.QTypes, viewNames),
+				PrivateDestinations: some(r.PrivateDestinations, viewNames), TLS: tlsOf(r.TLS, of), Lists: listsOf(r.Names, files),
 				Owner: r.Owner, Reason: r.Reason, Expires: r.Expires, Where: doc.Where(fmt.Sprintf("%s[%d]", path, i)).String(),
 			})
 		}
 		return out
 	}
-	d.Deny = rules("deny", doc.Deny)
+	d.Deny = rules("deny", doc.Deny, nil)
 	for i := range doc.Groups {
 		g, path := &doc.Groups[i], fmt.Sprintf("groups[%d]", i)
 		d.Groups = append(d.Groups, admin.GroupDetail{
 			Name: g.Name, Sources: some(g.Sources, viewRules), Users: some(g.Users, viewRules), Extends: some(g.Extends, viewRules),
-			ObserveUntil: g.ObserveUntil, Allow: rules(path+".allow", g.Allow), Deny: rules(path+".deny", g.Deny),
+			ObserveUntil: g.ObserveUntil, Allow: rules(path+".allow", g.Allow, g.TLS), Deny: rules(path+".deny", g.Deny, nil),
 		})
 	}
 	return d
+}
+
+// tlsOf returns what a rule wants of TLS: what it says itself, and else its group; nil if
+// neither says anything.
+func tlsOf(rule, group *policy.TLSRule) *admin.TLSDetail {
+	var d admin.TLSDetail
+	for _, t := range []*policy.TLSRule{rule, group} {
+		if t != nil {
+			d.SNI, d.ECH, d.MinVersion = cmp.Or(d.SNI, t.SNI), cmp.Or(d.ECH, t.ECH), cmp.Or(d.MinVersion, t.MinVersion)
+		}
+	}
+	if d == (admin.TLSDetail{}) {
+		return nil
+	}
+	return &d
+}
+
+// listsOf returns the lists that names refer to; never nil.
+func listsOf(names []string, files map[string]string) []admin.ListDetail {
+	lists := []admin.ListDetail{}
+	for _, n := range names[:min(len(names), viewNames)] {
+		if list, ok := strings.CutPrefix(n, "@"); ok {
+			lists = append(lists, admin.ListDetail{Name: list, File: files[list]})
+		}
+	}
+	return lists
 }
 
 // some returns a copy of the first of items; never nil.

@@ -102,6 +102,30 @@ web .debian.org policy.yaml:16:13 10 1h0m0s`
 	}
 }
 
+func TestPolicyDetailSaysWhatRulesRestrict(t *testing.T) {
+	d := view(t, `version: 1
+lists: [{name: a, names: [a.example]}, {name: b, names: [b.example]}]
+groups:
+  - name: ci
+    sources: [10.1.0.0/16]
+    tls: {min_version: "1.3", sni: optional}
+    allow:
+      - {names: ["@a", "@b", c.example], private_destinations: [10.0.0.0/8], tls: {ech: allow, sni: match}}
+      - d.example
+  - {name: plain, sources: [10.2.0.0/16], allow: [e.example]}
+`, nil)
+	r := d.Groups[0].Allow
+	if got := fmt.Sprintf("%v %+v %+v", r[0].PrivateDestinations, *r[0].TLS, r[0].Lists); got != "[10.0.0.0/8] {SNI:match ECH:allow MinVersion:1.3} [{Name:a File:} {Name:b File:}]" {
+		t.Error(got)
+	}
+	if got := fmt.Sprintf("%v %+v %+v", r[1].PrivateDestinations, *r[1].TLS, r[1].Lists); got != "[] {SNI:optional ECH: MinVersion:1.3} []" {
+		t.Error(got)
+	}
+	if r := d.Groups[1].Allow[0]; r.TLS != nil || r.Lists == nil || r.PrivateDestinations == nil {
+		t.Errorf("%+v", r)
+	}
+}
+
 // TestPolicyDetailIsBounded has more rules, and more names in one, than are shown.
 func TestPolicyDetailIsBounded(t *testing.T) {
 	var b strings.Builder

@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"sallyport/dnsfilter"
+	"sallyport/internal/discovery"
 	"sallyport/internal/replay"
 )
 
@@ -331,14 +332,8 @@ func writeReplayCSV(out io.Writer, r *replay.Report, _ int) error {
 	return w.Error()
 }
 
-// csvCell makes s harmless in a spreadsheet, which takes what begins like a formula for one.
-func csvCell(s string) string {
-	s = plainText(s)
-	if s != "" && strings.ContainsRune("=+-@", rune(s[0])) {
-		return "'" + s
-	}
-	return s
-}
+// csvCell makes s harmless in a spreadsheet.
+func csvCell(s string) string { return discovery.Harmless(plainText(s)) }
 
 func writeReplayMarkdown(out io.Writer, r *replay.Report, top int) error {
 	var b strings.Builder

@@ -13,6 +13,7 @@ import (
 
 	"sallyport/internal/admin"
 	"sallyport/internal/live"
+	"sallyport/policy"
 )
 
 func newTop() *cobra.Command {
@@ -197,6 +198,9 @@ func talkers(t *live.Top, rows int, title string) []string {
 		line := fmt.Sprintf("%9s  %s", quantity(float64(k.Count)), clean(k.Key, 44))
 		if title == "DENIED" {
 			line = fmt.Sprintf("%9s  %-36s %s, %s", quantity(float64(k.Count)), clean(k.Key, 36), clean(k.Group, 16), clean(k.Reason, 20))
+			if k.Verdict == policy.Observe.String() {
+				line += " (passed: observed)"
+			}
 		}
 		out = append(out, line)
 	}

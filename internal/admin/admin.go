@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/rs/zerolog"
 	"golang.org/x/net/netutil"
 )
 
@@ -27,8 +28,9 @@ type Config struct {
 	Hosts []string
 	// Credentials are those in force at first. Beyond loopback there must be some.
 	Credentials Credentials
-	OpenMetrics bool         // /metrics needs no credential
-	Pages       http.Handler // answers what nothing else does, GET and HEAD alone; nil: a short index at /
+	OpenMetrics bool           // /metrics needs no credential
+	Logger      zerolog.Logger // for requests that are refused
+	Pages       http.Handler   // answers what nothing else does, GET and HEAD alone; nil: a short index at /
 }
 
 // Status is the state of the process as /readyz tells it.
@@ -81,7 +83,9 @@ type Server struct {
 	api         API
 	credentials atomic.Pointer[credentials]
 	answers     chan struct{} // holds one for each answer of the API under way
-	streams     chan struct{} // and for each stream
+	streams     streams
+	refused     [refusals]refusal
+	logger      zerolog.Logger
 	beat        time.Duration // see streamBeat
 	patience    time.Duration // see streamPatience
 	http        *http.Server
@@ -95,8 +99,9 @@ func (s *Server) Inherit(l net.Listener) { s.listener = l }
 func New(c Config) *Server {
 	s := &Server{
 		listen: c.Listen, openMetrics: c.OpenMetrics, status: c.Status, api: c.API,
-		answers: make(chan struct{}, maxAnswers), streams: make(chan struct{}, maxStreams),
-		beat: streamBeat, patience: streamPatience,
+		answers: make(chan struct{}, maxAnswers), logger: c.Logger,
+		streams: streams{share: streamShare, byClient: map[netip.Addr]int{}},
+		beat:    streamBeat, patience: streamPatience,
 	}
 	for _, h := range c.Hosts {
 		s.hosts = append(s.hosts, hostname(h))
@@ -132,6 +137,7 @@ func New(c Config) *Server {
 		WriteTimeout:   writeTimeout,
 		IdleTimeout:    idleTimeout,
 		MaxHeaderBytes: maxHeader,
+		ErrorLog:       newErrorLog(s),
 	}
 	if c.Credentials.Certificate != nil {
 		s.http.TLSConfig = s.tlsConfig()

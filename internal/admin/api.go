@@ -76,19 +76,36 @@ type GroupDetail struct {
 
 // RuleDetail is a rule of the policy.
 type RuleDetail struct {
-	ID        string     `json:"id"` // as in events
-	Names     []string   `json:"names"`
-	NameCount int        `json:"name_count"` // of Names before it was cut
-	Addresses []string   `json:"addresses"`
-	Ports     []string   `json:"ports"`
-	Protocol  string     `json:"protocol,omitempty"`
-	QTypes    []string   `json:"qtypes"`
-	Owner     string     `json:"owner,omitempty"`
-	Reason    string     `json:"reason,omitempty"`
-	Expires   string     `json:"expires,omitempty"`
-	Where     string     `json:"where"`               // file:line:column
-	Hits      *uint64    `json:"hits,omitempty"`      // nil: not known
-	LastUsed  *time.Time `json:"last_used,omitempty"` // nil: never, or not known
+	ID        string   `json:"id"` // as in events
+	Names     []string `json:"names"`
+	NameCount int      `json:"name_count"` // of Names before it was cut
+	Addresses []string `json:"addresses"`
+	Ports     []string `json:"ports"`
+	Protocol  string   `json:"protocol,omitempty"`
+	QTypes    []string `json:"qtypes"`
+	// PrivateDestinations are the addresses that are not public where the rule leads to.
+	PrivateDestinations []string     `json:"private_destinations"`
+	TLS                 *TLSDetail   `json:"tls,omitempty"` // nil: the defaults
+	Lists               []ListDetail `json:"lists"`         // of Names that begin with @
+	Owner               string       `json:"owner,omitempty"`
+	Reason              string       `json:"reason,omitempty"`
+	Expires             string       `json:"expires,omitempty"`
+	Where               string       `json:"where"`               // file:line:column
+	Hits                *uint64      `json:"hits,omitempty"`      // nil: not known
+	LastUsed            *time.Time   `json:"last_used,omitempty"` // nil: never, or not known
+}
+
+// TLSDetail is what a rule, or else the group that has it, wants of a ClientHello; "" is the default.
+type TLSDetail struct {
+	SNI        string `json:"sni,omitempty"`
+	ECH        string `json:"ech,omitempty"`
+	MinVersion string `json:"min_version,omitempty"`
+}
+
+// ListDetail is a list of names.
+type ListDetail struct {
+	Name string `json:"name"`
+	File string `json:"file,omitempty"` // that its names come from, as it was written
 }
 
 // ExplainQuery is a question as people write it; see "sallyport explain --help".

@@ -73,7 +73,9 @@ func (s *Server) answer(e endpoint) http.HandlerFunc {
 		select {
 		case s.answers <- struct{}{}:
 			defer func() { <-s.answers }()
-			e.serve(s, w, r)
+			c := compress(w, r)
+			defer c.close()
+			e.serve(s, c, r)
 		case <-ctx.Done():
 			w.Header().Set("Retry-After", "2")
 			fail(w, http.StatusServiceUnavailable, fmt.Errorf("%d requests are under way", maxAnswers))

@@ -136,12 +136,16 @@ func (s *Server) guard(next http.Handler) http.Handler {
 		change := r.Method != http.MethodGet && r.Method != http.MethodHead
 		switch {
 		case !s.hostIsOurs(r):
+			s.refuse(refusedHost, r.RemoteAddr, r.Host)
 			fail(w, http.StatusMisdirectedRequest, fmt.Errorf("the host %q is not this server's; over loopback write an address, localhost or one of admin.hosts", clip(r.Host)))
 		case foreign(r), change && crossOrigin.Check(r) != nil:
+			s.refuse(refusedOrigin, r.RemoteAddr, r.Header.Get("Origin"))
 			fail(w, http.StatusForbidden, errors.New("a page of another origin asks; open this server itself"))
 		case change && !deliberate(r):
+			s.refuse(refusedOrigin, r.RemoteAddr, r.Method+" without "+ClientHeader)
 			fail(w, http.StatusForbidden, fmt.Errorf("what changes something needs the header %s, with any value, or Content-Type: application/json", ClientHeader))
 		case !s.isOpen(r.URL.Path) && !s.credentials.Load().allows(r):
+			s.refuse(s.credentials.Load().unproved(r), who(r), r.Method+" "+r.URL.Path)
 			s.challenge(w)
 		default:
 			r.Body = http.MaxBytesReader(w, r.Body, maxBody)
@@ -245,4 +249,5 @@ const (
 	maxConnections = 256     // more wait in the kernel's queue
 	maxAnswers     = 8       // of the API at once, but for streams; more wait
 	maxStreams     = 32      // at once; more are refused
+	streamShare    = 16      // of them, what one client address may have
 )

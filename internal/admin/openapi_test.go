@@ -26,7 +26,8 @@ func fullAPI() API {
 	rules := []RuleDetail{{
 		ID: "x", Names: texts, NameCount: 3, Addresses: texts, Ports: texts, Protocol: "tcp", QTypes: texts, Owner: "o", Reason: "r",
 		Expires: "2030-01-01", Where: "policy.yaml:1:2", Hits: &hits, LastUsed: &at,
-	}, {ID: "y", Names: []string{}, Addresses: []string{}, Ports: []string{}, QTypes: []string{}}}
+		PrivateDestinations: texts, TLS: &TLSDetail{SNI: "match", ECH: "deny", MinVersion: "1.3"}, Lists: []ListDetail{{Name: "a", File: "a.txt"}, {Name: "b"}},
+	}, {ID: "y", Names: []string{}, Addresses: []string{}, Ports: []string{}, QTypes: []string{}, PrivateDestinations: []string{}, Lists: []ListDetail{}}}
 	ring := live.NewRing()
 	rates := []float64{1.5}
 	verdicts := Verdicts{rates, rates, rates}

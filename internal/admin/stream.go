@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/netip"
+	"sync"
 	"time"
 
 	"sallyport/internal/live"
@@ -43,14 +45,13 @@ func (s *Server) streamDecisions(w http.ResponseWriter, r *http.Request) {
 		failed(w, err)
 		return
 	}
-	select {
-	case s.streams <- struct{}{}:
-		defer func() { <-s.streams }()
-	default:
+	client, err := s.streams.take(r.RemoteAddr)
+	if err != nil {
 		w.Header().Set("Retry-After", "30")
-		fail(w, http.StatusServiceUnavailable, errors.New("too many streams are open"))
+		fail(w, http.StatusServiceUnavailable, err)
 		return
 	}
+	defer s.streams.leave(client)
 	st := &stream{rc: http.NewResponseController(w), w: w, cursor: s.api.Follow(resume), filter: f, patience: s.patience}
 	if err := st.rc.SetReadDeadline(time.Time{}); err != nil { // that of the request, which was read
 		fail(w, http.StatusInternalServerError, err)
@@ -60,6 +61,49 @@ func (s *Server) streamDecisions(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("X-Accel-Buffering", "no")
 	fmt.Fprintf(&st.out, "retry: %d\nid: %s\n\n", streamRetry.Milliseconds(), st.cursor.ID())
 	st.run(r.Context(), s.beat, func() bool { return s.credentials.Load().allows(r) })
+}
+
+// streams counts those that are open, so that no client has them all.
+type streams struct {
+	share int // of one client
+
+	mu       sync.Mutex // guards the rest
+	open     int
+	byClient map[netip.Addr]int
+}
+
+// take has a place for a client at remote, an address and a port, until leave.
+func (st *streams) take(remote string) (netip.Addr, error) {
+	at, _ := netip.ParseAddrPort(remote) // what is no address is one client
+	client := at.Addr().Unmap()
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	switch {
+	case st.byClient[client] >= st.share:
+		return client, fmt.Errorf("%d streams of this address are open", st.share)
+	case st.open >= maxStreams:
+		return client, errors.New("too many streams are open")
+	}
+	st.open++
+	st.byClient[client]++
+	return client, nil
+}
+
+// leave gives a place back.
+func (st *streams) leave(client netip.Addr) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.open--
+	if st.byClient[client]--; st.byClient[client] == 0 {
+		delete(st.byClient, client)
+	}
+}
+
+// count returns how many are open.
+func (st *streams) count() int {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	return st.open
 }
 
 // A stream is one client that follows decisions.

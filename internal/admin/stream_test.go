@@ -203,11 +203,11 @@ func TestStuckClient(t *testing.T) {
 	defer conn.Close()
 	conn.(*net.TCPConn).SetReadBuffer(4 << 10)
 	fmt.Fprintf(conn, "GET /api/v1/decisions HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n")
-	for len(s.streams) == 0 {
+	for s.streams.count() == 0 {
 		time.Sleep(time.Millisecond) // pace: until the stream has begun
 	}
 	name := strings.Repeat("long.", 40) + "test"
-	for len(s.streams) > 0 { // 10,000 a second
+	for s.streams.count() > 0 { // 10,000 a second
 		for range 100 {
 			ring.Observe(decided(name, policy.Deny))
 		}
@@ -220,7 +220,7 @@ func TestStuckClient(t *testing.T) {
 
 func TestTooManyStreams(t *testing.T) {
 	c, _ := ringConfig()
-	url, s := serveServer(t, c)
+	url, s := serveServer(t, c, func(s *Server) { s.streams.share = maxStreams })
 	for range maxStreams {
 		follow(t, url+"/api/v1/decisions")
 	}
@@ -231,8 +231,32 @@ func TestTooManyStreams(t *testing.T) {
 	if _, resp, _ := request(t, "GET", url+"/api/v1/decisions"); resp.StatusCode != 200 {
 		t.Errorf("the list: %d", resp.StatusCode)
 	}
-	if len(s.streams) != maxStreams {
-		t.Errorf("%d streams", len(s.streams))
+	if s.streams.count() != maxStreams {
+		t.Errorf("%d streams", s.streams.count())
+	}
+}
+
+// TestStreamsOfOneClient has one address take all that it can get.
+func TestStreamsOfOneClient(t *testing.T) {
+	c, _ := ringConfig()
+	c.Listen = "127.0.0.1:0"
+	url, s := serveServer(t, c)
+	for range maxStreams {
+		follow(t, url+"/api/v1/decisions")
+	}
+	if n := s.streams.count(); n != streamShare {
+		t.Errorf("one address has %d streams", n)
+	}
+	port := url[strings.LastIndexByte(url, ':'):]
+	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 9)}}
+	conn, err := dialer.Dial("tcp", "127.0.0.1"+port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	fmt.Fprint(conn, "GET /api/v1/decisions HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n")
+	if line, err := bufio.NewReader(conn).ReadString('\n'); err != nil || !strings.Contains(line, " 200 ") {
+		t.Errorf("another address: %q, %v", line, err)
 	}
 }
 

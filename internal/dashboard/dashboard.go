@@ -121,7 +121,7 @@ func (d *dashboard) render(w http.ResponseWriter, r *http.Request, status int, n
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Vary", "Accept-Encoding")
 	body := b.Bytes()
-	if acceptsGzip(r.Header.Get("Accept-Encoding")) { // there is no secret in a page whose length could tell it
+	if admin.AcceptsGzip(r.Header.Get("Accept-Encoding")) { // there is no secret in a page whose length could tell it
 		h.Set("Content-Encoding", "gzip")
 		body = compress(body, gzip.BestSpeed)
 	}

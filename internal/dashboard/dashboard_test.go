@@ -53,7 +53,8 @@ func hostileAPI() admin.API {
 	}
 	zero := uint64(0)
 	rule := admin.RuleDetail{ID: hostile[0], Names: hostile, NameCount: 99, Addresses: hostile, Ports: hostile, Protocol: hostile[1], QTypes: hostile,
-		Owner: hostile[1], Reason: hostile[2], Expires: hostile[3], Where: hostile[4], Hits: &zero}
+		Owner: hostile[1], Reason: hostile[2], Expires: hostile[3], Where: hostile[4], Hits: &zero, PrivateDestinations: hostile,
+		TLS: &admin.TLSDetail{SNI: hostile[1], ECH: hostile[2], MinVersion: hostile[3]}, Lists: []admin.ListDetail{{Name: hostile[1], File: hostile[2]}}}
 	return admin.API{
 		Version: hostile[0], Node: hostile[1], Started: at,
 		LogDropped: func() uint64 { return 3 },
@@ -240,7 +241,8 @@ func TestPolicyPage(t *testing.T) {
 	detail := &admin.PolicyDetail{Revision: "abc", UnmatchedSource: "deny", Groups: []admin.GroupDetail{
 		{Name: "baseline", Allow: []admin.RuleDetail{{ID: ".debian.org", Names: []string{".debian.org"}, Hits: &hits, LastUsed: &used}}, Extends: []string{"ci"}}, // a circle ends
 		{Name: "ci", Sources: []string{"10.20.0.0/16"}, Extends: []string{"baseline"}, Mode: "observe", ObserveUntil: day(10),
-			Allow: []admin.RuleDetail{{ID: "old", Names: []string{"old.example"}, Expires: day(-1), Hits: &none}, {ID: "soon", Names: []string{"soon.example"}, Expires: day(5)}}},
+			Allow: []admin.RuleDetail{{ID: "old", Names: []string{"old.example"}, Expires: day(-1), Hits: &none}, {ID: "soon", Names: []string{"soon.example"}, Expires: day(5)},
+				{ID: "own", Names: []string{"@feed"}, PrivateDestinations: []string{"10.0.0.0/8"}, TLS: &admin.TLSDetail{MinVersion: "1.3"}, Lists: []admin.ListDetail{{Name: "feed", File: "lists/feed.txt"}}}}},
 	}}
 	h := New(Config{Status: func(context.Context) admin.Status { return admin.Status{} }, API: admin.API{Policy: func() (*admin.PolicyDetail, error) { return detail, nil }}})
 	check := func(target string, want, not []string) {
@@ -257,7 +259,8 @@ func TestPolicyPage(t *testing.T) {
 			}
 		}
 	}
-	check("/policy", []string{"12,345", "3 h ago", "expired " + day(-1), "expires " + day(5) + ", in 4 days", "observes until", `<span class="badge warn">unused</span>`, `from <a href="#group-1">baseline</a>`}, nil)
+	check("/policy", []string{"12,345", "3 h ago", "expired " + day(-1), "expires " + day(5) + ", in 4 days", "observes until", `<span class="badge warn">unused</span>`, `from <a href="#group-1">baseline</a>`,
+		"to private 10.0.0.0/8", "@feed from lists/feed.txt", "TLS ≥ 1.3"}, nil)
 	check("/policy?q=old.example", []string{"old.example"}, []string{"soon.example", ".debian.org"})
 	check("/policy?show=unused", []string{"old.example"}, []string{"soon.example"})
 	check("/policy?show=expiring", []string{"old.example", "soon.example"}, []string{".debian.org"})

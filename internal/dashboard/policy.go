@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 
@@ -28,7 +29,8 @@ type ruleRow struct {
 	From         *groupLink // the group that wrote it, where that is another one
 	Destinations []string
 	MoreNames    int
-	Limits       string // ports and protocol
+	Also         []string // private destinations, and files of lists
+	Limits       string   // ports, protocol and TLS
 	Hits         uint64
 	Known        bool // Hits is
 	Unused       bool
@@ -149,7 +151,15 @@ func (b *policyPage) rows(g *admin.GroupDetail, rules []admin.RuleDetail, effect
 			r.LastUsed = ago(b.now, *t)
 		}
 		r.Note = strings.Join(notEmpty(r.Owner, r.Reason), ": ")
-		r.Text = strings.Join(append([]string{effect, r.ID, r.Limits, r.Owner, r.Reason, r.Where}, append(r.Names, r.Addresses...)...), " ")
+		if len(r.PrivateDestinations) > 0 {
+			r.Also = append(r.Also, "to private "+strings.Join(r.PrivateDestinations, ", "))
+		}
+		for _, l := range r.Lists {
+			if l.File != "" {
+				r.Also = append(r.Also, "@"+l.Name+" from "+l.File)
+			}
+		}
+		r.Text = strings.Join(slices.Concat([]string{effect, r.ID, r.Limits, r.Owner, r.Reason, r.Where}, r.Names, r.Addresses, r.Also), " ")
 		if g != nil {
 			r.Text += " " + g.Name
 		}
@@ -189,6 +199,13 @@ func limits(r *admin.RuleDetail) string {
 	}
 	if len(r.QTypes) > 0 {
 		parts = append(parts, "DNS "+strings.Join(r.QTypes, ", "))
+	}
+	if t := r.TLS; t != nil {
+		for _, f := range [][2]string{{"SNI ", t.SNI}, {"ECH ", t.ECH}, {"TLS ≥ ", t.MinVersion}} {
+			if f[1] != "" {
+				parts = append(parts, f[0]+f[1])
+			}
+		}
 	}
 	return strings.Join(parts, " · ")
 }

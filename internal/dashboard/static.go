@@ -11,6 +11,8 @@ import (
 	"net/http"
 	"path"
 	"strings"
+
+	"sallyport/internal/admin"
 )
 
 //go:embed static
@@ -100,23 +102,10 @@ func (l *library) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	body := a.plain
-	if acceptsGzip(r.Header.Get("Accept-Encoding")) {
+	if admin.AcceptsGzip(r.Header.Get("Accept-Encoding")) {
 		h.Set("Content-Encoding", "gzip")
 		body = a.zipped
 	}
 	h.Set("Content-Length", fmt.Sprint(len(body)))
 	_, _ = w.Write(body) // whoever asked has gone away
-}
-
-// acceptsGzip reports whether an Accept-Encoding field lists gzip without refusing
-// it (RFC 9110, section 12.5.3).
-func acceptsGzip(field string) bool {
-	for coding := range strings.SplitSeq(field, ",") {
-		name, weight, _ := strings.Cut(coding, ";")
-		if strings.EqualFold(strings.TrimSpace(name), "gzip") {
-			q, ok := strings.CutPrefix(strings.TrimSpace(weight), "q=0")
-			return !ok || strings.Trim(q, ".0") != ""
-		}
-	}
-	return false
 }

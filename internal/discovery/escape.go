@@ -2,6 +2,7 @@ package discovery
 
 import (
 	"html"
+	"regexp"
 	"strconv"
 	"strings"
 	"unicode"
@@ -37,16 +38,16 @@ func visible(s string) string {
 	return b.String()
 }
 
-// cell returns s for a cell of CSV. What a spreadsheet would take for a formula gets an
-// apostrophe in front.
-func cell(s string) string {
-	s = visible(s)
-	if s != "" && strings.IndexByte("=+-@|%\t\r", s[0]) >= 0 || strings.HasPrefix(s, "\uff1d") || strings.HasPrefix(s, "\uff0b") ||
-		strings.HasPrefix(s, "\uff0d") || strings.HasPrefix(s, "\uff20") {
-		return "'" + s
-	}
-	return s
-}
+// cell returns s for a cell of CSV.
+func cell(s string) string { return Harmless(visible(s)) }
+
+// formula is what a spreadsheet would take for one: at the beginning of a cell, and behind
+// a semicolon, which separates cells where the comma is part of numbers.
+var formula = regexp.MustCompile("(^|;[ \"']*)([=+@|%\\t\\r\uff1d\uff0b\uff0d\uff20-])")
+
+// Harmless returns s, a cell of CSV, with an apostrophe in front of what a spreadsheet
+// would take for a formula.
+func Harmless(s string) string { return formula.ReplaceAllString(s, "$1'$2") }
 
 // markdown returns s for a cell of a table in Markdown, without any meaning of its own.
 // References to characters work in every dialect; a backslash does not in a table.

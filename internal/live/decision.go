@@ -57,11 +57,12 @@ const (
 // A Talker is one line of a list of the most frequent.
 type Talker struct {
 	Key       string `json:"key"`
-	Group     string `json:"group,omitempty"`  // of the last decision about it
-	Reason    string `json:"reason,omitempty"` // with ByDenied: the last one
-	Count     uint64 `json:"count"`            // decisions, at most Error too many
-	Error     uint64 `json:"error"`            // how far Count may be too high (space-saving)
-	BytesUp   int64  `json:"bytes_up"`         // since it was last taken into the list
+	Group     string `json:"group,omitempty"`   // of the last decision about it
+	Reason    string `json:"reason,omitempty"`  // with ByDenied: the last one
+	Verdict   string `json:"verdict,omitempty"` // likewise; what passed because its group observes counts as denied
+	Count     uint64 `json:"count"`             // decisions, at most Error too many
+	Error     uint64 `json:"error"`             // how far Count may be too high (space-saving)
+	BytesUp   int64  `json:"bytes_up"`          // since it was last taken into the list
 	BytesDown int64  `json:"bytes_down"`
 }
 

@@ -230,11 +230,21 @@ func TestTally(t *testing.T) {
 	check(BySource, "10.1.2.3 ci not_listed 50, 10.9.9.9 legacy not_listed 3")
 	check(ByGroup, "ci ci not_listed 50, legacy legacy not_listed 3")
 	check(ByDenied, "evil.test ci not_listed 20, rare.test legacy not_listed 3")
+	observed := denied("observed.test")
+	observed.Decision.Verdict = policy.Observe
+	observe(observed, 50)
+	if b := tl.Top(ByDenied, 2).Talkers; b[0].Verdict != "observe" || b[1].Verdict != "deny" {
+		t.Errorf("%+v", b)
+	}
+	began := tl.now.since
+	tl.now, tl.was = newPeriod(began), period{}
+	observe(sample("often.test"), 30)
+	observe(denied("evil.test"), 20)
+	observe(other, 3)
 	if b := tl.Top(ByName, 1).Talkers[0]; b.BytesUp != 300 || b.BytesDown != 600 {
 		t.Errorf("%+v", b)
 	}
 
-	began := tl.now.since
 	tl.turn(began.Add(tallyPeriod))
 	observe(sample("often.test"), 5)
 	check(ByName, "often.test ci matched 35, evil.test ci not_listed 20")

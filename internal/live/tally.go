@@ -118,7 +118,7 @@ func (t *Tally) Top(by By, n int) Top {
 				had = &Talker{Key: it.Key}
 				sum[it.Key] = had
 			}
-			had.Group, had.Reason = it.Group, it.Reason
+			had.Group, had.Reason, had.Verdict = it.Group, it.Reason, it.Verdict
 			had.Count += it.Count
 			had.Error += it.Error
 			had.BytesUp += it.BytesUp
@@ -182,7 +182,7 @@ func (m *summary) add(key []byte, s *slot) {
 	if g := s.bytes(textGroup); it.Group != string(g) {
 		it.Group = string(g)
 	}
-	it.Reason = s.reason.String()
+	it.Reason, it.Verdict = s.reason.String(), s.verdict.String()
 	heap.Fix(&m.items, it.at)
 }
 

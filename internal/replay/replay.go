@@ -85,6 +85,9 @@ type Replay struct {
 // With more they are read anew.
 const maxKnown = 1 << 16
 
+// maxText bounds a name or an address, in bytes; what is longer is neither.
+const maxText = 1 << 10
+
 // A target is a name or address as the policy wants it.
 type target struct {
 	name policy.Name
@@ -243,6 +246,9 @@ func (r *Replay) source(b []byte) (netip.Addr, bool) {
 	if a, ok := r.sources[string(b)]; ok {
 		return a, a.IsValid()
 	}
+	if len(b) > maxText {
+		return netip.Addr{}, false
+	}
 	if len(r.sources) >= maxKnown {
 		clear(r.sources)
 	}
@@ -279,6 +285,9 @@ func (r *Replay) target(b []byte) target {
 	if t, ok := r.targets[string(b)]; ok {
 		return t
 	}
+	if len(b) > maxText {
+		return target{}
+	}
 	if len(r.targets) >= maxKnown {
 		clear(r.targets)
 	}
@@ -312,7 +321,12 @@ func (a *answer) ask() bool {
 }
 
 func (a *answer) decide() {
-	if !a.ask() {
+	passes := a.ask()
+	if a.recorded() {
+		a.Verdict, a.Reason, a.Rule = policy.Allow, policy.ReasonMatched, string(a.rec.rule)
+		return
+	}
+	if !passes {
 		return
 	}
 	switch {
@@ -325,6 +339,19 @@ func (a *answer) decide() {
 		return
 	}
 	a.content()
+}
+
+// recorded reports whether the resolver answers by its settings, which the record says,
+// whatever the policy lists: all but those it does not know and names that it denies,
+// and whoever asks for the health name.
+func (a *answer) recorded() bool {
+	switch string(a.rec.rule) {
+	case "dns.health_name":
+		return a.req.Protocol == policy.ProtocolDNS
+	case "dns.records":
+		return a.req.Protocol == policy.ProtocolDNS && a.Reason != policy.ReasonUnmatchedSource && a.Reason != policy.ReasonExplicitDeny
+	}
+	return false
 }
 
 // to decides with a as the destination.

@@ -480,6 +480,9 @@ func TestChanges(t *testing.T) {
 		{"another type", `{"time":"2026-03-04T04:06:07.089Z","event":"dns","src":"10.1.0.1","name":"b.test","qtype":"TXT","verdict":"allow","reason":"matched"}`, Denied, false, ""},
 		{"private answer", `{"time":"2026-03-04T04:06:07.089Z","event":"dns","src":"10.1.0.1","name":"b.test","qtype":"A","verdict":"allow","reason":"matched","answers":["x.test","10.0.0.1"]}`, Denied, false, ""},
 		{"one private answer", `{"time":"2026-03-04T04:06:07.089Z","event":"dns","src":"10.1.0.1","name":"b.test","qtype":"A","verdict":"allow","reason":"matched","answers":["203.0.114.1","10.0.0.1"]}`, 0, true, ""},
+		{"local record", `{"time":"2026-03-04T04:06:07.089Z","event":"dns","src":"10.1.0.1","name":"a.test","qtype":"A","verdict":"allow","reason":"matched","rule":"dns.records","answers":["10.0.0.1"]}`, 0, true, ""},
+		{"local record, unknown source", `{"time":"2026-03-04T04:06:07.089Z","event":"dns","src":"192.0.2.1","name":"a.test","qtype":"A","verdict":"allow","reason":"matched","rule":"dns.records"}`, Denied, false, ""},
+		{"health name", `{"time":"2026-03-04T04:06:07.089Z","event":"dns","src":"192.0.2.1","name":"health.test","qtype":"A","verdict":"allow","reason":"matched","rule":"dns.health_name"}`, 0, true, ""},
 		{"squid tunnel", "1772597168.324   1234 10.1.0.1 TCP_TUNNEL/200 56789 CONNECT a.test:443 - HIER_DIRECT/203.0.113.7 -", Denied, false, ""},
 		{"squid denied", "1772597168.324   1234 10.1.0.1 TCP_DENIED/403 0 CONNECT b.test:443 - HIER_NONE/- text/html", Allowed, false, "hello_not_seen"},
 		{"squid plain", "1772597168.324   1234 10.1.0.1 TCP_MISS/200 56789 GET http://a.test/x?y:1 - HIER_DIRECT/203.0.113.7 text/html", Denied, false, ""},
@@ -542,6 +545,25 @@ func TestBadLines(t *testing.T) {
 	}
 	if rep = read(t, strings.Repeat("x\n", 1000), Options{}); rep.Malformed != 1000 || len(rep.Problems) != maxProblems {
 		t.Errorf("%d malformed, %d shown", rep.Malformed, len(rep.Problems))
+	}
+}
+
+// TestLongNames has names and sources that nothing can have, of which none is kept.
+func TestLongNames(t *testing.T) {
+	r := New(Options{Policy: compile(t, before)})
+	for i := range 100 {
+		long := fmt.Sprintf("%d%s", i, strings.Repeat("x", maxLine/2))
+		for _, line := range []string{
+			connect("10.1.0.1", long, 443, `"verdict":"deny","reason":"bad_request"`),
+			connect(long, "a.test", 443, `"verdict":"deny","reason":"bad_request"`),
+		} {
+			if err := r.Line([]byte(line)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if len(r.targets) > 1 || len(r.sources) > 1 || r.rep.Undecidable != 200 {
+		t.Errorf("%d names and %d sources kept, %d undecidable", len(r.targets), len(r.sources), r.rep.Undecidable)
 	}
 }
 
