@@ -74,6 +74,10 @@ func (g *gate) newAdmin() (warnings []*policy.Error, err error) {
 	return warnings, nil
 }
 
+// maxQueriesShown is how many queries of a second the live view has. Its ring holds
+// fewer, and nobody reads as fast.
+const maxQueriesShown = 10_000
+
 // observers returns who is told of connections and who of queries. The live view sees
 // the queries that log.dns names, also where the format of the log has no lines for
 // them: there all of them would be work for nothing, and a sample does.
@@ -87,9 +91,12 @@ func (g *gate) observers() (connections, queries event.Observer) {
 	connections = append(event.Observers{g.metrics, g.log}, ring...)
 	switch {
 	case isJSON:
-		queries = append(event.Observers{g.log}, ring...)
+		queries = g.log
+		if len(ring) > 0 {
+			queries = event.Observers{g.log, &atMost{most: maxQueriesShown, to: ring}}
+		}
 	case len(ring) > 0:
-		queries = ring
+		queries = &atMost{most: maxQueriesShown, to: ring}
 	}
 	return connections, queries
 }

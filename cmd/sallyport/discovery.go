@@ -6,6 +6,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -35,18 +36,45 @@ func (g *gate) discovered(connections, queries event.Observer) (_, _ event.Obser
 	if g.discovery == nil {
 		return connections, queries
 	}
+	some := &atMost{most: maxQueriesDiscovered, to: g.discovery}
 	g.metrics.ObserveDiscovery(func() metrics.DiscoveryStats {
 		st := g.discovery.Stats()
-		return metrics.DiscoveryStats{Pairs: st.Pairs, Evicted: st.Evicted, WriteErrors: st.WriteErrors}
+		return metrics.DiscoveryStats{Pairs: st.Pairs, Evicted: st.Evicted + some.skipped.Load(), WriteErrors: st.WriteErrors}
 	})
 	connections = event.Observers{connections, g.discovery}
 	switch {
 	case queries == nil:
-		return connections, g.discovery
+		return connections, some
 	case g.settings.Log.DNS == string(dnsfilter.EventsDenied):
 		queries = notAllowed{queries}
 	}
-	return connections, event.Observers{queries, g.discovery}
+	return connections, event.Observers{queries, some}
+}
+
+// maxQueriesDiscovered is how many queries of a second discovery looks at. More is a
+// flood, and remembering where it came from is not worth as much as answering it.
+const maxQueriesDiscovered = 50_000
+
+// atMost passes the first events of each second on, most of them.
+type atMost struct {
+	most    uint32
+	to      event.Observer
+	second  atomic.Int64 // Unix time
+	passed  atomic.Uint32
+	skipped atomic.Uint64
+}
+
+// Observe implements event.Observer. It is for events that have just begun.
+func (a *atMost) Observe(ev *event.Event) {
+	if now := ev.Time.Unix(); a.second.Load() != now {
+		a.second.Store(now)
+		a.passed.Store(0)
+	}
+	if a.passed.Add(1) > a.most {
+		a.skipped.Add(1)
+		return
+	}
+	a.to.Observe(ev)
 }
 
 // notAllowed passes on what policy did not allow, as log.dns: denied wants.

@@ -11,7 +11,7 @@ type DiscoveryStats struct {
 
 var (
 	pairsDesc       = desc("discovery_destinations", "Destinations that discovery remembers.")
-	evictedDesc     = desc("discovery_evicted_total", "Destinations that discovery has forgotten for lack of room.")
+	evictedDesc     = desc("discovery_evicted_total", "Destinations that discovery has forgotten for lack of room, and queries of a flood that it has not looked at.")
 	writeErrorsDesc = desc("discovery_write_errors_total", "Times that discovery's store could not be opened or written.")
 )
 
