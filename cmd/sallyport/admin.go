@@ -83,20 +83,18 @@ const maxQueriesShown = 10_000
 // them: there all of them would be work for nothing, and a sample does.
 func (g *gate) observers() (connections, queries event.Observer) {
 	isJSON := g.settings.Log.Format == string(eventlog.JSON)
-	var ring event.Observers
+	var ring, some event.Observers
 	if g.settings.Admin.Listen != "" {
 		g.adminState.ring = live.NewRing()
 		ring = event.Observers{g.adminState.ring}
+		some = event.Observers{&atMost{most: maxQueriesShown, to: g.adminState.ring}}
 	}
 	connections = append(event.Observers{g.metrics, g.log}, ring...)
 	switch {
 	case isJSON:
-		queries = g.log
-		if len(ring) > 0 {
-			queries = event.Observers{g.log, &atMost{most: maxQueriesShown, to: ring}}
-		}
-	case len(ring) > 0:
-		queries = &atMost{most: maxQueriesShown, to: ring}
+		queries = append(event.Observers{g.log}, some...)
+	case len(some) > 0:
+		queries = some
 	}
 	return connections, queries
 }
