@@ -87,32 +87,40 @@ func (a *adminFlags) client() (*adminClient, error) {
 // close gives connections back.
 func (c *adminClient) close() { c.http.CloseIdleConnections() }
 
-// get reads what the API answers at path, such as top?by=name, into v.
-func (c *adminClient) get(ctx context.Context, path string, v any) error {
-	at, err := c.base.Parse("/api/v1/" + path)
-	if err != nil {
-		return err
+// ask returns what the API answers at path, such as top?by=name, if that is a 200. The
+// caller closes the body. at is the whole address, for errors.
+func (c *adminClient) ask(ctx context.Context, path string) (resp *http.Response, at *url.URL, err error) {
+	if at, err = c.base.Parse("/api/v1/" + path); err != nil {
+		return nil, nil, err
 	}
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, at.String(), nil)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	if c.token != "" {
 		r.Header.Set("Authorization", "Bearer "+c.token)
 	}
-	resp, err := c.http.Do(r)
+	if resp, err = c.http.Do(r); err != nil {
+		return nil, nil, err
+	}
+	if resp.StatusCode != http.StatusOK {
+		defer resp.Body.Close()
+		return nil, nil, fmt.Errorf("%s: %s: %s", at, resp.Status, problemOf(resp.Header.Get("Content-Type"), io.LimitReader(resp.Body, maxAdminAnswer)))
+	}
+	return resp, at, nil
+}
+
+// get reads what the API answers at path into v.
+func (c *adminClient) get(ctx context.Context, path string, v any) error {
+	resp, at, err := c.ask(ctx, path)
 	if err != nil {
 		return err
 	}
 	defer resp.Body.Close()
-	body := io.LimitReader(resp.Body, maxAdminAnswer)
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s: %s: %s", at, resp.Status, problemOf(resp.Header.Get("Content-Type"), body))
-	}
 	if kind, _, err := mime.ParseMediaType(resp.Header.Get("Content-Type")); err != nil || kind != "application/json" {
 		return fmt.Errorf("%s does not answer as sallyport's admin API does", at)
 	}
-	if err := json.NewDecoder(body).Decode(v); err != nil {
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAdminAnswer)).Decode(v); err != nil {
 		return fmt.Errorf("%s: %w", at, err)
 	}
 	return nil

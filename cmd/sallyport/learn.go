@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"net/netip"
 	"net/url"
 	"slices"
@@ -234,25 +233,11 @@ func adminURL(s config.Admin) (string, error) {
 
 // copy writes what the API answers at path to w. An answer that breaks off is an error.
 func (c *adminClient) copy(ctx context.Context, path string, w io.Writer) error {
-	at, err := c.base.Parse("/api/v1/" + path)
-	if err != nil {
-		return err
-	}
-	r, err := http.NewRequestWithContext(ctx, http.MethodGet, at.String(), nil)
-	if err != nil {
-		return err
-	}
-	if c.token != "" {
-		r.Header.Set("Authorization", "Bearer "+c.token)
-	}
-	resp, err := c.http.Do(r)
+	resp, at, err := c.ask(ctx, path)
 	if err != nil {
 		return err
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s: %s: %s", at, resp.Status, problemOf(resp.Header.Get("Content-Type"), io.LimitReader(resp.Body, maxAdminAnswer)))
-	}
 	if _, err := io.Copy(w, resp.Body); err != nil {
 		return fmt.Errorf("%s: %w", at, err)
 	}
