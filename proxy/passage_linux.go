@@ -432,7 +432,7 @@ func (p *passage) endOf(s side) {
 // awaitReset ends a tunnel if the connection of s, whose stream has ended, is broken.
 // Reads say nothing of that, and the other side may be silent for long.
 func (p *passage) awaitReset(s side) {
-	if err := pendingError(p.fd[s]); err != nil {
+	if err := relay.ResetError(p.fd[s]); err != nil {
 		p.broken(s, err)
 	}
 }

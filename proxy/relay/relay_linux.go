@@ -282,7 +282,7 @@ func (h *half) awaitReset() {
 	}
 	var broken error
 	raw.Read(func(fd uintptr) bool {
-		broken = resetError(int(fd))
+		broken = ResetError(int(fd))
 		return broken != nil
 	})
 	if broken != nil {
@@ -291,9 +291,9 @@ func (h *half) awaitReset() {
 	}
 }
 
-// resetError returns the pending error of a socket, or nil. It asks poll(2)
+// ResetError returns why the connection of the socket fd is broken, or nil. It asks poll(2)
 // first, because SO_ERROR also returns (and clears) passing ICMP errors.
-func resetError(fd int) error {
+func ResetError(fd int) error {
 	p := [1]unix.PollFd{{Fd: int32(fd)}}
 	if _, err := unix.Poll(p[:], 0); err != nil || p[0].Revents&unix.POLLERR == 0 {
 		return nil
