@@ -4,6 +4,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"strings"
 	"sync/atomic"
 	"syscall"
 
@@ -82,6 +83,7 @@ type stream struct {
 	bulk     bool // full chunks are the rule: splice, if there is a pipe
 	contrary int  // chunks in a row that spoke against bulk
 	noSplice bool // the kernel does not splice these sockets
+	unpaced  bool // unpace was called
 
 	eof bool
 	err error // what fill or drain met
@@ -217,7 +219,27 @@ func (s *stream) weigh(n int) {
 	}
 	if s.contrary++; s.contrary == turn {
 		s.bulk, s.contrary = !s.bulk, 0
+		if s.bulk && !s.unpaced {
+			s.unpaced = true
+			s.unpace()
+		}
 	}
+}
+
+// unpace has dst not be paced if its peer is on this host, as beside a sidecar. BBR,
+// where it is the host's choice, sends by timers, at a rate that it measures; for
+// memory that is half the speed at twice the CPU time. Reno, which every kernel has
+// and every user may ask for, sends what fits the receiver's window.
+func (s *stream) unpace() {
+	peer, ok := s.half.dst.RemoteAddr().(*net.TCPAddr)
+	if !ok || !peer.IP.IsLoopback() {
+		return
+	}
+	_ = s.dst.Control(func(fd uintptr) { // without it all is as before
+		if algorithm, err := unix.GetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION); err == nil && strings.HasPrefix(algorithm, "bbr") {
+			_ = unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION, "reno")
+		}
+	})
 }
 
 // borrowPipe exchanges the buffer for a pipe. It reports false if there is no

@@ -133,6 +133,47 @@ func TestOnlyBulkIsSpliced(t *testing.T) {
 	r.end(t)
 }
 
+// TestUnpaced: towards a peer on this host a bulky stream is not paced, and only that.
+func TestUnpaced(t *testing.T) {
+	algorithm := func(c net.Conn) (name string) {
+		raw, err := c.(*net.TCPConn).SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw.Control(func(fd uintptr) {
+			name, err = unix.GetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION)
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return name
+	}
+	r := startRig(t, tcp, Options{})
+	for _, c := range []net.Conn{r.t, r.u} {
+		raw, err := c.(*net.TCPConn).SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw.Control(func(fd uintptr) { err = unix.SetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION, "bbr") })
+		if err != nil {
+			t.Skip("this kernel has no BBR, or not for everybody:", err)
+		}
+	}
+	r.swap(t)
+	if got := algorithm(r.t); got != "bbr" {
+		t.Errorf("%s after a small exchange, want bbr", got)
+	}
+	r.download(t, 4<<20)
+	settle(t)
+	if got := algorithm(r.t); got != "reno" {
+		t.Errorf("%s towards the reader of a bulky stream, want reno", got)
+	}
+	if got := algorithm(r.u); got != "bbr" {
+		t.Errorf("%s the other way, want bbr", got)
+	}
+	r.end(t)
+}
+
 func TestSpliceFallback(t *testing.T) {
 	const size = 16 << 20
 	rng := rand.New(rand.NewPCG(1, 1))
