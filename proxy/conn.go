@@ -33,15 +33,22 @@ func (s *Server) clientIdle() time.Duration {
 // An idleConn is a connection under net/http, for which idle time counts both
 // directions: a byte either way gives both reads and writes another idle period.
 // net/http's own time-outs bound whole requests, which would cut long transfers.
+//
+// net/http moves deadlines many times for each request. They are handed on when
+// somebody waits, and only if that makes a difference.
 type idleConn struct {
 	net.Conn
 	idle time.Duration
 
-	mu      sync.Mutex // guards what follows, and the order of SetDeadline calls
-	touched time.Time
-	fixed   bool // net/http has set a read deadline of its own, which stands
-	head    bool // limitHead has set one
-	cut     bool // the one of net/http is in the past: it interrupts reads
+	mu            sync.Mutex // guards what follows, and the order of deadlines
+	reads, writes int        // under way
+	touched       time.Time
+	readBy        time.Time // the read deadline of Conn, once one was set
+	writeBy       time.Time // the write deadline
+	until         time.Time // the one that net/http or limitHead has set, if fixed
+	fixed         bool      // until stands
+	head          bool      // limitHead has set it
+	cut           bool      // the one of net/http is in the past: it interrupts reads
 }
 
 // SetReadDeadline is how net/http bounds heads, waits for the next request and
@@ -49,14 +56,11 @@ type idleConn struct {
 func (c *idleConn) SetReadDeadline(t time.Time) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.fixed, c.head, c.cut = !t.IsZero(), false, false
-	switch {
-	case !c.fixed:
-		t = time.Now().Add(c.idle)
-	case !t.After(longAgo):
-		c.cut = true
+	c.until, c.fixed, c.head, c.cut = t, !t.IsZero(), false, !t.IsZero() && !t.After(longAgo)
+	if c.reads > 0 {
+		return c.setReadDeadline(time.Now())
 	}
-	return c.Conn.SetReadDeadline(t)
+	return nil
 }
 
 // limitHead bounds the wait for the rest of a head, once for each, unless reads are
@@ -64,12 +68,27 @@ func (c *idleConn) SetReadDeadline(t time.Time) error {
 func (c *idleConn) limitHead(d time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.head || c.cut {
-		return
+	if !c.head && !c.cut {
+		c.until, c.fixed, c.head = time.Now().Add(d), true, true
 	}
-	c.fixed, c.head = true, true
-	c.Conn.SetReadDeadline(time.Now().Add(d))
 }
+
+// setReadDeadline sets the read deadline of Conn unless it is right, or at most an
+// eighth of the time that is left too early. The caller holds mu.
+func (c *idleConn) setReadDeadline(now time.Time) error {
+	t := c.until
+	if !c.fixed {
+		t = now.Add(c.idle)
+	}
+	if early := t.Sub(c.readBy); early >= 0 && early <= slack(t.Sub(now)) {
+		return nil
+	}
+	c.readBy = t
+	return c.Conn.SetReadDeadline(t)
+}
+
+// slack is how much earlier than wanted a deadline may be that is d away.
+func slack(d time.Duration) time.Duration { return min(touchEvery, max(d, 0)/8) }
 
 // interrupted reports whether reads fail because net/http wants them to.
 func (c *idleConn) interrupted() bool {
@@ -81,39 +100,64 @@ func (c *idleConn) interrupted() bool {
 // SetWriteDeadline is how net/http lifts deadlines between requests; the idle
 // time stays.
 func (c *idleConn) SetWriteDeadline(t time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
 	if t.IsZero() {
-		t = time.Now().Add(c.idle)
+		t = now.Add(c.idle)
 	}
+	return c.setWriteDeadline(t, now)
+}
+
+// setWriteDeadline is as setReadDeadline. The caller holds mu.
+func (c *idleConn) setWriteDeadline(t, now time.Time) error {
+	if early := t.Sub(c.writeBy); early >= 0 && early <= slack(t.Sub(now)) {
+		return nil
+	}
+	c.writeBy = t
 	return c.Conn.SetWriteDeadline(t)
 }
 
-// touch records activity.
-func (c *idleConn) touch() {
-	now := time.Now()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if now.Sub(c.touched) < min(touchEvery, c.idle/8) {
+// touch records activity. The caller holds mu.
+func (c *idleConn) touch(now time.Time) {
+	if now.Sub(c.touched) < slack(c.idle) {
 		return
 	}
 	c.touched = now
-	c.Conn.SetWriteDeadline(now.Add(c.idle))
-	if !c.fixed {
-		c.Conn.SetReadDeadline(now.Add(c.idle))
+	c.setWriteDeadline(now.Add(c.idle), now)
+	if c.reads > 0 {
+		c.setReadDeadline(now)
 	}
 }
 
 func (c *idleConn) Read(p []byte) (int, error) {
-	c.touch()
+	now := time.Now()
+	c.mu.Lock()
+	c.reads++
+	c.touch(now)
+	c.setReadDeadline(now) // an error shows in Read
+	c.mu.Unlock()
 	n, err := c.Conn.Read(p)
-	if n > 0 {
-		c.touch()
+	c.mu.Lock()
+	c.reads--
+	if n > 0 && c.writes > 0 {
+		c.touch(time.Now())
 	}
+	c.mu.Unlock()
 	return n, err
 }
 
 func (c *idleConn) Write(p []byte) (int, error) {
-	c.touch()
-	return c.Conn.Write(p)
+	now := time.Now()
+	c.mu.Lock()
+	c.writes++
+	c.touch(now)
+	c.mu.Unlock()
+	n, err := c.Conn.Write(p)
+	c.mu.Lock()
+	c.writes--
+	c.mu.Unlock()
+	return n, err
 }
 
 // CloseWrite lets net/http end a connection without a reset.
@@ -136,6 +180,7 @@ type clientConn struct {
 	one     [1]byte                   // read by watch
 	session *session                  // set inside a CONNECT
 	serving atomic.Bool               // a handler was called for the current request
+	there   *presence                 // sees whether the client is there; nil: watch has to
 	badBody atomic.Pointer[headError] // what is wrong with the body of the current request
 	live    liveExchange              // the request under way
 }
@@ -159,11 +204,15 @@ func (c *clientConn) Read(p []byte) (int, error) {
 	return 0, c.refuseNext(err)
 }
 
-// watch waits for a byte of the next request, or the end. The byte is kept until
-// the next request is read, as what follows a request that asked for an upgrade
-// may be no request.
+// watch waits for a byte of the next request, or the end, unless somebody else sees
+// to that. The byte is kept until the next request is read, as what follows a request
+// that asked for an upgrade may be no request.
 func (c *clientConn) watch() (int, error) {
-	if len(c.in.held) > 0 {
+	more := len(c.in.held) > 0
+	if c.there != nil {
+		c.there.more.Store(more)
+	}
+	if c.there != nil || more {
 		return 0, nil
 	}
 	n, err := c.idleConn.Read(c.one[:])

@@ -791,6 +791,7 @@ func (s *Server) dialExchange(ctx context.Context, _, _ string) (net.Conn, error
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(s.life, cancel)() // net/http detaches dials from the request
+	ex.client.live.dialling(cancel)
 	conn, t, r := s.reach(ctx, ex.request, ex.admitted, ex.via)
 	if r != nil {
 		return nil, r

@@ -172,6 +172,7 @@ func (s *Server) refuseHead(conn net.Conn, source asker, start time.Time, h *hea
 // serveByHTTP gives c to net/http.
 func (s *Server) serveByHTTP(c *clientConn) {
 	c.Conn.SetReadDeadline(time.Time{})
+	c.there = newPresence(c.Conn, &c.live)
 	s.wg.Add(1)
 	s.clients.add(c)
 	if c.session == nil {
@@ -199,6 +200,9 @@ func (s *Server) connState(conn net.Conn, state http.ConnState) {
 		c.serving.Store(false)
 	case http.StateClosed, http.StateHijacked:
 		s.clients.remove(c)
+		if c.there != nil {
+			c.there.end()
+		}
 		if c.session == nil {
 			s.httpConns.Add(-1)
 		} else if state == http.StateClosed {

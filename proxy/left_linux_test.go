@@ -1,9 +1,12 @@
 package proxy
 
 import (
+	"bufio"
 	"context"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"strings"
 	"testing"
@@ -90,5 +93,77 @@ func TestClientLeavesWhileDialling(t *testing.T) {
 				t.Errorf("%+v", ev)
 			}
 		})
+	}
+}
+
+// presences returns those of the clients that net/http serves.
+func (g *gate) presences() (all []*presence) {
+	g.srv.clients.mu.Lock()
+	defer g.srv.clients.mu.Unlock()
+	for c := range g.srv.clients.live {
+		all = append(all, c.there)
+	}
+	return all
+}
+
+// TestPresence: a client that has closed its side while its request is under way has
+// left, unless it has asked for more before.
+func TestPresence(t *testing.T) {
+	o := listen(t, "127.0.0.1:0")
+	g := start(t, policyFor("", o.port()))
+	g.resolver.set("api.ok.test", "127.0.0.1")
+	request := fmt.Sprintf("GET http://api.ok.test:%d/ HTTP/1.1\r\nHost: x\r\n\r\n", o.port())
+	const answer = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+	look := func() {
+		for _, p := range g.presences() {
+			p.look()
+		}
+	}
+	asked := func(u *bufio.Reader) {
+		t.Helper()
+		if _, err := http.ReadRequest(u); err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	c := g.dial()
+	c.send("%s", request)
+	far := o.accept(t)
+	u := bufio.NewReader(far)
+	asked(u)
+	look()
+	io.WriteString(far, answer)
+	if _, body := c.response(http.MethodGet); body != "ok" {
+		t.Errorf("a client that is there was answered %q", body)
+	}
+	g.next()
+	c.send("%s", request)
+	asked(u)
+	c.CloseWrite()
+	look()
+	if b, err := io.ReadAll(u); len(b) != 0 || err != nil {
+		t.Errorf("the far side, after the client has left: %q, %v", b, err)
+	}
+	if ev := g.next(); ev.Error == "" || !ev.Aborted {
+		t.Errorf("the event of a client that has left: %+v", ev)
+	}
+	g.until(func() bool { return len(g.presences()) == 0 })
+
+	c = g.dial()
+	c.send("%s", request+request)
+	c.CloseWrite()
+	far = o.accept(t)
+	u = bufio.NewReader(far)
+	asked(u)
+	g.until(func() bool { return g.presences()[0].more.Load() })
+	look()
+	io.WriteString(far, answer)
+	asked(u)
+	io.WriteString(far, answer)
+	for range 2 {
+		if _, body := c.response(http.MethodGet); body != "ok" {
+			t.Errorf("a client that asked twice and closed its side was answered %q", body)
+		}
+		g.next()
 	}
 }

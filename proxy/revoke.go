@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"context"
 	"net"
 	"net/http"
 	"sync"
@@ -46,8 +47,9 @@ type liveExchange struct {
 	mu       sync.Mutex // guards what follows
 	ex       *exchange  // nil: none
 	request  policy.Request
-	upstream net.Conn // what the response comes from; nil: not yet known
-	answered bool     // the response has begun
+	upstream net.Conn           // what the response comes from; nil: not yet known
+	answered bool               // the response has begun
+	giveUp   context.CancelFunc // ends the dial under way; nil: none
 }
 
 // begin says that ex is under way. A policy that changed since the decision about
@@ -55,6 +57,9 @@ type liveExchange struct {
 func (l *liveExchange) begin(ex *exchange) {
 	l.mu.Lock()
 	l.ex, l.request = ex, ex.request
+	if p := ex.client.there; p != nil {
+		p.begin()
+	}
 	l.mu.Unlock()
 	if ex.s.generation.Load() != ex.generation || !ex.s.users.isStill(ex.who.user, ex.who.hash) {
 		l.recheck()
@@ -62,10 +67,28 @@ func (l *liveExchange) begin(ex *exchange) {
 	}
 }
 
+// under reports whether an exchange is under way.
+func (l *liveExchange) under() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.ex != nil
+}
+
+// dialling has giveUp called if the client goes before the far side is reached.
+func (l *liveExchange) dialling(giveUp context.CancelFunc) {
+	l.mu.Lock()
+	l.giveUp = giveUp
+	left := l.ex != nil && l.ex.left.Load()
+	l.mu.Unlock()
+	if left {
+		giveUp()
+	}
+}
+
 // reached says which connection serves the exchange, and what was decided for it.
 func (l *liveExchange) reached(conn net.Conn, request policy.Request) {
 	l.mu.Lock()
-	l.upstream, l.request = conn, request
+	l.upstream, l.request, l.giveUp = conn, request, nil
 	over := l.ex != nil && (l.ex.revoked.Load() != nil || l.ex.left.Load() || l.ex.s.life.Err() != nil)
 	l.mu.Unlock()
 	if over {
@@ -94,6 +117,9 @@ func (l *liveExchange) leave() {
 		return
 	}
 	l.ex.left.Store(true)
+	if l.giveUp != nil {
+		l.giveUp()
+	}
 	if l.upstream != nil {
 		l.upstream.Close()
 	}
@@ -109,7 +135,7 @@ func (l *liveExchange) answer() {
 // end says that the exchange is over.
 func (l *liveExchange) end() {
 	l.mu.Lock()
-	l.ex, l.upstream, l.answered = nil, nil, false
+	l.ex, l.upstream, l.answered, l.giveUp = nil, nil, false, nil
 	l.mu.Unlock()
 }
 

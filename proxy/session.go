@@ -62,6 +62,9 @@ func (s *session) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		defer context.AfterFunc(srv.life, cancel)()
+		if ex, ok := ctx.Value(exchangeKey{}).(*exchange); ok {
+			ex.client.live.dialling(cancel)
+		}
 		var r *refusal
 		if conn, t, r = srv.redial(ctx, s.tunnel.request, s.tunnel.ev.Decision); r != nil {
 			return nil, r

@@ -63,6 +63,9 @@ func (ex *exchange) upgrade(r *http.Request, protocol string) {
 
 // dialUpgrade connects to the far side, in a session with its own connection first.
 func (ex *exchange) dialUpgrade(ctx context.Context) (net.Conn, *refusal) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	ex.client.live.dialling(cancel)
 	if t := ex.client.session; t != nil {
 		conn, err := t.dial(ctx, "", "")
 		if err != nil {

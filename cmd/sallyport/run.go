@@ -248,6 +248,7 @@ func (g *gate) policyChanged(p *policy.Policy) {
 // run serves until ctx ends or something fails. It owns every goroutine that
 // outlives a request, and waits for all of them.
 func (g *gate) run(ctx context.Context, hints io.Writer) error {
+	defer paceCollector()()
 	logCtx, stopLog := context.WithCancel(context.WithoutCancel(ctx))
 	logDone := make(chan error, 1)
 	go func() { logDone <- g.log.Run(logCtx) }()
