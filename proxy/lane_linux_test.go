@@ -409,6 +409,61 @@ func TestUnreachable(t *testing.T) {
 	}
 }
 
+// A client that closes its side while its destination is dialled, and has said nothing
+// further, is not dialled for any longer than a moment.
+func TestHalfClosedWhileDialling(t *testing.T) {
+	full := fullListener(t)
+	for _, at := range []string{"together", "later"} {
+		t.Run(at, func(t *testing.T) {
+			var seen []string
+			bothWays(t, func(t *testing.T, lanes bool) {
+				g := startGate(t, tcpPolicy(int(full)), lanes, func(c *Config) { c.Timeouts.Connect = time.Hour })
+				g.resolver.set("www.ok.test", "127.0.0.1")
+				c := g.dial()
+				release := func() {}
+				if at == "together" {
+					release = g.hold()
+				}
+				c.send("CONNECT www.ok.test:%d HTTP/1.1\r\n\r\n", full)
+				if at == "later" {
+					g.until(func() bool { return g.resolver.asked.Load() > 0 })
+				}
+				c.CloseWrite()
+				release()
+				resp, _ := c.response(http.MethodConnect)
+				ev := g.next()
+				if ev.ConnTime < leftEvery/2 || !strings.Contains(ev.Error, errLeftDialling.Error()) {
+					t.Errorf("%+v", ev)
+				}
+				seen = append(seen, fmt.Sprintf("%s %s %v %s %d %v", resp.Status, resp.Header.Get("Proxy-Status"), ev.Decision, ev.Error, ev.Status, ev.Destination))
+			})
+			if len(seen) != 2 || seen[0] != seen[1] {
+				t.Errorf("%q", seen)
+			}
+		})
+	}
+}
+
+// One that said something before it closed its side is dialled for.
+func TestSpokeAndHalfClosedWhileDialling(t *testing.T) {
+	full := fullListener(t)
+	bothWays(t, func(t *testing.T, lanes bool) {
+		g := startGate(t, tcpPolicy(int(full)), lanes, func(c *Config) { c.Timeouts.Connect = 3 * leftEvery / 2 })
+		g.resolver.set("www.ok.test", "127.0.0.1")
+		c := g.dial()
+		c.send("CONNECT www.ok.test:%d HTTP/1.1\r\n\r\n", full)
+		g.until(func() bool { return g.resolver.asked.Load() > 0 })
+		c.send("hello")
+		c.CloseWrite()
+		if resp, _ := c.response(http.MethodConnect); resp.StatusCode != http.StatusGatewayTimeout {
+			t.Error(resp.Status)
+		}
+		if ev := g.next(); strings.Contains(ev.Error, errLeftDialling.Error()) {
+			t.Errorf("%+v", ev)
+		}
+	})
+}
+
 // fullListener returns a port of 127.0.0.1 that takes in no connection.
 func fullListener(t *testing.T) uint16 {
 	t.Helper()

@@ -10,17 +10,19 @@ import (
 // that was not read yet: such a client neither says nor, as a rule, hears anything
 // any more. One that speaks TLS says goodbye first, which does not count.
 func hasLeft(c syscall.RawConn, secure bool) (left bool) {
-	_ = c.Control(func(fd uintptr) { // an error: it was closed here
-		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
-		if n, err := unix.Poll(p, 0); err != nil || n == 0 {
-			return
-		}
-		if p[0].Revents&(unix.POLLHUP|unix.POLLERR) != 0 || secure {
-			left = true
-			return
-		}
-		n, _, err := unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
-		left = err == nil && n == 0
-	})
+	_ = c.Control(func(fd uintptr) { left = hasLeftFD(int(fd), secure) }) // an error: it was closed here
 	return left
+}
+
+// hasLeftFD is hasLeft for a descriptor.
+func hasLeftFD(fd int, secure bool) bool {
+	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+	if n, err := unix.Poll(p, 0); err != nil || n == 0 {
+		return false
+	}
+	if p[0].Revents&(unix.POLLHUP|unix.POLLERR) != 0 || secure {
+		return true
+	}
+	n, _, err := unix.Recvfrom(fd, make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
+	return err == nil && n == 0
 }

@@ -71,6 +71,7 @@ type setup struct {
 	dialled time.Time
 	left    []netip.AddrPort // addresses not tried yet
 	to      netip.AddrPort   // the one that is tried
+	until   time.Time        // how long it is
 	lost    []error          // what became of others
 }
 
@@ -149,9 +150,10 @@ func (p *passage) serve(s side, events uint32) {
 		case s == farSide && events&(unix.EPOLLOUT|unix.EPOLLHUP|unix.EPOLLERR) != 0:
 			p.connected(events)
 		case s == clientSide && events&(unix.EPOLLHUP|unix.EPOLLERR) != 0:
-			p.refuse(connectFailed(p.setup.t.decision, errLeftDialling)) // nobody to connect for
+			p.leftDialling()
 		case s == clientSide && events&said != 0:
 			p.pending[clientSide] = true
+			p.awaitFar()
 		}
 	case readingHello:
 		switch {
@@ -252,13 +254,35 @@ func (p *passage) dial() {
 	p.fd[farSide], p.slot[farSide] = fd, l.take(slot{p: p, side: farSide})
 	l.s.towards(&u.t.request, a.Addr())
 	u.to = a
-	p.deadline = u.dialled.Add(l.s.cfg.Timeouts.Connect)
+	u.until = u.dialled.Add(l.s.cfg.Timeouts.Connect)
 	if len(u.left) > 0 {
-		p.deadline = l.now.Add(upstream.Stagger)
+		u.until = l.now.Add(upstream.Stagger)
 	}
+	p.awaitFar()
 	if err := l.watch(fd, p.slot[farSide], laneInterest); err != nil {
 		p.refuse(connectFailed(u.t.decision, err))
 	}
+}
+
+// awaitFar sets the time for which the far side is waited for, and before that one at
+// which to look whether a client that something happened to is still there. One that
+// is there then has said something, and stays; when it breaks there is an event.
+func (p *passage) awaitFar() {
+	u, l := p.setup, p.lane
+	p.deadline = u.until
+	if look := u.dialled.Add(leftEvery); p.pending[clientSide] && look.Before(u.until) {
+		p.deadline = look
+		if l.now.After(look) {
+			p.deadline = l.now
+		}
+	}
+}
+
+// leftDialling ends the attempt to connect for a client that has gone.
+func (p *passage) leftDialling() {
+	u := p.setup
+	u.c.ev.ConnTime = time.Since(u.dialled)
+	p.refuse(connectFailed(u.t.decision, errLeftDialling))
 }
 
 // unreachable goes on with the next address, or refuses.
@@ -482,6 +506,14 @@ func (p *passage) overdue() {
 		p.leave()
 	case connecting:
 		u := p.setup
+		if p.pending[clientSide] && hasLeftFD(p.fd[clientSide], false) {
+			p.leftDialling()
+			return
+		}
+		if l.now.Before(u.until) {
+			p.deadline = u.until
+			return
+		}
 		if len(u.left) > 0 { // others are better at racing addresses
 			u.c.release()
 			p.giveToHeads(u.head, nil)
