@@ -3,6 +3,7 @@ package proxy
 import (
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"net/netip"
 	"os"
@@ -41,9 +42,11 @@ type lane struct {
 	epoll   int
 	wake    int // eventfd
 	doors   []*door
-	slots   []slot // one for each descriptor, by the number that epoll knows it by
+	slots   []slot  // one for each descriptor, by the number that epoll knows it by
+	due     []int64 // by slot: when to look at its passage, in ns since began; dense, as a sweep reads it all
 	unused  []uint32
 	open    int // passages
+	began   time.Time
 	events  [laneEvents]unix.EpollEvent
 	buf     [laneBuffer]byte
 	spare   []*setup
@@ -91,6 +94,7 @@ const laneInterest = unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLPRI | unix.EPOLLRD
 // newLane returns a lane without doors.
 func newLane(s *Server) (*lane, error) {
 	l := &lane{s: s, now: time.Now()}
+	l.began = l.now
 	l.every = s.shortest() / 8
 	l.every = min(max(l.every, minSweep), maxSweep)
 	var err error
@@ -101,7 +105,7 @@ func newLane(s *Server) (*lane, error) {
 		unix.Close(l.epoll)
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
-	l.slots = append(l.slots, slot{}) // the first is wake's
+	l.take(slot{}) // the first is wake's
 	if err := l.watch(l.wake, 0, unix.EPOLLIN|unix.EPOLLET&0xffffffff); err != nil {
 		l.release()
 		return nil, err
@@ -149,7 +153,7 @@ func (l *lane) watchDoor(d *door) error {
 func (l *lane) take(s slot) uint32 {
 	n := len(l.unused) - 1
 	if n < 0 {
-		l.slots = append(l.slots, s)
+		l.slots, l.due = append(l.slots, s), append(l.due, never)
 		return uint32(len(l.slots) - 1)
 	}
 	i := l.unused[n]
@@ -161,7 +165,7 @@ func (l *lane) take(s slot) uint32 {
 
 // giveBack frees the number i.
 func (l *lane) giveBack(i uint32) {
-	l.slots[i] = slot{use: l.slots[i].use + 1}
+	l.slots[i], l.due[i] = slot{use: l.slots[i].use + 1}, never
 	l.unused = append(l.unused, i)
 }
 
@@ -337,12 +341,16 @@ func hostOrder(p uint16) uint16 {
 	return uint16(b[0])<<8 | uint16(b[1])
 }
 
-// sweep ends what is over in time.
+// never is a time that does not come.
+const never = math.MaxInt64
+
+// sweep looks at the passages whose time has come, and touches no other: there may be
+// very many, and each is somewhere else in memory.
 func (l *lane) sweep() {
-	for i := range l.slots {
-		s := &l.slots[i]
-		if p := s.p; p != nil && s.side == clientSide && (p.phase == relaying || !l.now.Before(p.deadline)) {
-			l.do(p, (*passage).overdue)
+	now := int64(l.now.Sub(l.began))
+	for i := 0; i < len(l.due); i++ {
+		if l.due[i] <= now {
+			l.do(l.slots[i].p, (*passage).overdue)
 		}
 	}
 }

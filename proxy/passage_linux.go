@@ -44,20 +44,19 @@ const (
 // A passage is one client's connection in a lane, and its way to the far side. Only
 // the lane's goroutine touches it.
 type passage struct {
-	lane     *lane
-	setup    *setup  // until it is a tunnel
-	t        *tunnel // from then on
-	end      relay.End
-	phase    uint8
-	pending  [2]bool // by side: something happened that was not looked at
-	ended    [2]bool // by side: its stream has ended
-	probed   bool    // the far side is asked for a sign of life now and then
-	full     uint8   // reads in a row that filled the buffer
-	fd       [2]int  // by side; -1: none
-	slot     [2]uint32
-	deadline time.Time // of the phase, but for relaying
-	last     time.Time // when a byte last moved
-	discard  int       // bytes that a lingering client sent
+	lane    *lane
+	setup   *setup  // until it is a tunnel
+	t       *tunnel // from then on
+	end     relay.End
+	phase   uint8
+	pending [2]bool // by side: something happened that was not looked at
+	ended   [2]bool // by side: its stream has ended
+	probed  bool    // the far side is asked for a sign of life now and then
+	full    uint8   // reads in a row that filled the buffer
+	fd      [2]int  // by side; -1: none
+	slot    [2]uint32
+	last    time.Time // when a byte last moved
+	discard int       // bytes that a lingering client sent
 }
 
 // A setup is what a passage needs until it is a tunnel. It is used again for others.
@@ -101,7 +100,12 @@ func (l *lane) enter(fd int, source netip.AddrPort) {
 		p.giveToHeads(nil, tooMany)
 		return
 	}
-	p.deadline = l.now.Add(l.s.cfg.Timeouts.RequestHeader)
+	p.lookAt(l.now.Add(l.s.cfg.Timeouts.RequestHeader))
+}
+
+// lookAt has the next sweep from t on call overdue. The client's connection must be p's.
+func (p *passage) lookAt(t time.Time) {
+	p.lane.due[p.slot[clientSide]] = int64(t.Sub(p.lane.began))
 }
 
 func (l *lane) newSetup() *setup {
@@ -268,14 +272,12 @@ func (p *passage) dial() {
 // which to look whether a client that something happened to is still there. One that
 // is there then has said something, and stays; when it breaks there is an event.
 func (p *passage) awaitFar() {
-	u, l := p.setup, p.lane
-	p.deadline = u.until
-	if look := u.dialled.Add(leftEvery); p.pending[clientSide] && look.Before(u.until) {
-		p.deadline = look
-		if l.now.After(look) {
-			p.deadline = l.now
-		}
+	u := p.setup
+	at := u.until
+	if look := u.dialled.Add(leftEvery); p.pending[clientSide] && look.Before(at) {
+		at = look
 	}
+	p.lookAt(at)
 }
 
 // leftDialling ends the attempt to connect for a client that has gone.
@@ -331,7 +333,8 @@ func (p *passage) connected(events uint32) {
 		return
 	}
 	c.since = time.Now()
-	p.phase, p.deadline = readingHello, c.since.Add(l.s.cfg.Timeouts.ClientHello)
+	p.phase = readingHello
+	p.lookAt(c.since.Add(l.s.cfg.Timeouts.ClientHello))
 	if p.pending[clientSide] {
 		p.readHello()
 	}
@@ -379,6 +382,7 @@ func (p *passage) start(n int) {
 	t.prepare()
 	generation := c.generation
 	p.t, p.phase, p.last = t, relaying, l.now
+	p.awaitSilence()
 	p.settle()
 	l.s.register(t, generation)
 	for s, pending := range p.pending {
@@ -511,7 +515,7 @@ func (p *passage) overdue() {
 			return
 		}
 		if l.now.Before(u.until) {
-			p.deadline = u.until
+			p.lookAt(u.until)
 			return
 		}
 		if len(u.left) > 0 { // others are better at racing addresses
@@ -526,13 +530,26 @@ func (p *passage) overdue() {
 		quiet := l.now.Sub(p.last)
 		if quiet >= l.s.cfg.Timeouts.Idle {
 			p.over(relay.Result{End: relay.IdleTimeout})
-		} else if quiet >= probeAfter && !p.probed {
+			return
+		}
+		if quiet >= probeAfter && !p.probed {
 			p.probed = true
 			_ = setKeepAlive(p.fd[farSide])
 		}
+		p.awaitSilence()
 	case lingering:
 		p.leave()
 	}
+}
+
+// awaitSilence sets the time to look whether anything was said since then. What is said
+// meanwhile need not move it.
+func (p *passage) awaitSilence() {
+	quiet := p.lane.s.cfg.Timeouts.Idle
+	if !p.probed {
+		quiet = min(quiet, probeAfter)
+	}
+	p.lookAt(p.last.Add(quiet))
 }
 
 // probeAfter is how long a tunnel is quiet before it is worth four system calls to
@@ -551,7 +568,8 @@ func (p *passage) refuse(r *refusal) {
 		return
 	}
 	shutdownFD(p.fd[clientSide])
-	p.phase, p.deadline = lingering, l.now.Add(lingerTime)
+	p.phase = lingering
+	p.lookAt(l.now.Add(lingerTime))
 	p.linger()
 }
 
