@@ -26,8 +26,10 @@ build: ## static binary in bin/, stamped with version and revision
 test: tools ## every test, with the race detector
 	go test -race -timeout 10m $(PKG)
 
-lint: ## go vet, and formatting and linters of .golangci.yml
+lint: ## go vet, for other systems too, and formatting and linters of .golangci.yml
 	go vet $(PKG)
+	GOOS=darwin go vet $(PKG)
+	GOOS=freebsd go vet $(PKG)
 	$(LINT) run
 
 fuzz: ## every fuzz target for FUZZTIME each (20s)
