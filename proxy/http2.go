@@ -50,7 +50,7 @@ func newHTTP2(s *Server) http2Server {
 	none := newHandOff()
 	none.Close()
 	h.Serve(none) // fails, for want of connections
-	h.serve = h.TLSNextProto["h2"]
+	h.serve = h.TLSNextProto["unencrypted_http2"] // which takes any connection, whose preface was read
 	return h
 }
 
@@ -58,7 +58,8 @@ func newHTTP2(s *Server) http2Server {
 // have ended.
 func (s *Server) serveByHTTP2(c *tls.Conn) {
 	p := peerOf(c)
-	s.secure.http2.serve(s.secure.http2.Server, c, streams{s, c, p})
+	below := &http2Conn{Conn: c, s: s, peer: p}
+	s.secure.http2.serve(s.secure.http2.Server, below.handed(), streams{s, c, p})
 	p.mu.Lock()
 	p.closed = true
 	p.mu.Unlock()

@@ -454,6 +454,87 @@ func (f *http2Frame) answer(stream uint32) (head map[string]string, body string,
 	}
 }
 
+// A request head has timeouts.request_header, in however many frames it comes, and the
+// connection ends with it: the next stream's could not be read.
+func TestHTTP2SlowHead(t *testing.T) {
+	g := start(t, doorPolicy(443), withTLS(), func(c *Config) { c.Timeouts.RequestHeader = 2 * time.Second; c.Timeouts.Idle = 10 * patience })
+	denied := func(f *http2Frame, stream uint32) {
+		t.Helper()
+		f.request(stream, false, ":method", "CONNECT", ":authority", "www.bad.test:443")
+		if head, _, _ := f.answer(stream); head[":status"] != "403" {
+			t.Errorf("%v", head)
+		}
+		if ev := g.next(); ev.Name != "www.bad.test" {
+			t.Errorf("%+v", ev)
+		}
+	}
+	good := g.framed()
+	denied(good, 1)
+	head := http2.HeadersFrameParam{StreamID: 3, BlockFragment: []byte{0x82}} // :method GET
+	for name, begin := range map[string]func(f *http2Frame) (more func() error){
+		"continuations": func(f *http2Frame) func() error {
+			f.WriteHeaders(head)
+			return func() error { return f.WriteContinuation(3, false, []byte{0x84}) }
+		},
+		"empty continuations": func(f *http2Frame) func() error {
+			f.WriteHeaders(head)
+			return func() error { return f.WriteContinuation(3, false, nil) }
+		},
+		"one frame": func(f *http2Frame) func() error {
+			f.conn.Write([]byte{0, 0x20, 0, frameHeaders, flagEndHeaders, 0, 0, 0, 3})
+			return func() error { _, err := f.conn.Write([]byte{0x84}); return err }
+		},
+		"preface": nil,
+	} {
+		t.Run(name, func(t *testing.T) {
+			var f *http2Frame
+			var more func() error
+			if begin == nil {
+				c, err := g.dialTLS([]string{"h2"})
+				if err != nil {
+					t.Fatal(err)
+				}
+				f = &http2Frame{Framer: http2.NewFramer(c.Conn, c.r), conn: c, t: t}
+				io.WriteString(c, http2.ClientPreface[:10])
+			} else {
+				f = g.framed()
+				denied(f, 1)
+				more = begin(f)
+			}
+			gone := make(chan error, 1)
+			go func() {
+				for {
+					if _, err := f.ReadFrame(); err != nil {
+						gone <- err
+						return
+					}
+				}
+			}()
+			for waiting := true; waiting; {
+				select {
+				case err := <-gone:
+					if isTimeout(err) {
+						t.Error("the connection lasts")
+					}
+					waiting = false
+				case <-time.After(100 * time.Millisecond): // pace: a drip
+					if more != nil {
+						more()
+					}
+				}
+			}
+			if begin == nil {
+				return
+			}
+			if ev := g.next(); ev.Error != errHeadSlow.Error() || ev.Decision.Reason != policy.ReasonBadRequest || ev.Listener != listenerTLS || ev.Duration < time.Second {
+				t.Errorf("%+v", ev)
+			}
+		})
+	}
+	denied(good, 3) // has been silent for longer than that
+	g.quiet()
+}
+
 func TestHTTP2PlainHTTP(t *testing.T) {
 	o := listen(t, "127.0.0.1:0")
 	g := start(t, doorPolicy(o.port()), withTLS())
@@ -661,4 +742,22 @@ func TestStreamDeadlines(t *testing.T) {
 	if _, err := s.Write([]byte("x")); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("write after Close: %v", err)
 	}
+}
+
+// FuzzBlocks: what is known of a stream of frames does not depend on its pieces.
+func FuzzBlocks(f *testing.F) {
+	f.Add([]byte{0, 0, 2, frameHeaders, 0, 0, 0, 0, 1, 0x82, 0x84, 0, 0, 1, frameContinuation, flagEndHeaders, 0, 0, 0, 1, 0x86}, uint8(1))
+	f.Add([]byte{0, 0, 0, frameHeaders, flagEndHeaders, 0, 0, 0, 1, 0, 0, 1, 0, 1, 0, 0, 0, 1, 'x'}, uint8(4))
+	f.Fuzz(func(t *testing.T, data []byte, size uint8) {
+		var whole, pieces blocks
+		whole.saw(data)
+		for len(data) > 0 {
+			n := min(len(data), 1+int(size))
+			pieces.saw(data[:n])
+			data = data[n:]
+		}
+		if whole != pieces {
+			t.Errorf("%+v, in pieces %+v", whole, pieces)
+		}
+	})
 }
