@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"net"
+	"time"
 
 	"sallyport/proxyproto"
 )
@@ -25,6 +26,15 @@ func (s *Server) newTLS(protocols ...string) *tls.Config {
 // SetCertificate puts another certificate in force for new connections over TLS and
 // HTTPS. The Server keeps c.
 func (s *Server) SetCertificate(c tls.Certificate) { s.certificate.Store(&c) }
+
+// CertificateExpiry returns when the certificate in force expires; zero if there is
+// none, or its Leaf was not set (tls.X509KeyPair does that).
+func (s *Server) CertificateExpiry() time.Time {
+	if c := s.certificate.Load(); c != nil && c.Leaf != nil {
+		return c.Leaf.NotAfter
+	}
+	return time.Time{}
+}
 
 var errNoCertificate = errors.New("no certificate is set")
 

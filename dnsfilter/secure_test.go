@@ -164,6 +164,9 @@ func TestTLSCertificateChangesForNewConnections(t *testing.T) {
 	before := b.dialTLS(t, alice, client)
 	ca := newAuthority(t)
 	b.server.SetCertificate(ca.certificate)
+	if got := b.server.CertificateExpiry(); !got.After(time.Now()) || !got.Equal(ca.certificate.Leaf.NotAfter) {
+		t.Errorf("it expires at %v", got)
+	}
 	fresh := client.Clone()
 	fresh.RootCAs = ca.roots
 	for _, c := range []*dns.Conn{before, b.dialTLS(t, alice, fresh)} {

@@ -49,7 +49,7 @@ func newHTTP2(s *Server) http2Server {
 	}}
 	none := newHandOff()
 	none.Close()
-	h.Serve(none) // fails, for want of connections
+	h.Serve(none)                                 // fails, for want of connections
 	h.serve = h.TLSNextProto["unencrypted_http2"] // which takes any connection, whose preface was read
 	return h
 }

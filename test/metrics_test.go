@@ -37,7 +37,7 @@ func families(t *testing.T) map[string]family {
 	m := metrics.New(metrics.Options{
 		Version: "v1", Revision: "0123abc",
 		Proxy: func() metrics.ProxyStats {
-			return metrics.ProxyStats{MaxTunnels: 1, CertificateExpiry: soon, Handshakes: map[string]uint64{
+			return metrics.ProxyStats{MaxTunnels: 1, Handshakes: map[string]uint64{
 				"closed": 1, "timeout": 1, "not_tls": 1, "no_client_certificate": 1, "bad_client_certificate": 1, "client_alert": 1, "protocol": 1,
 			}}
 		},
@@ -46,6 +46,9 @@ func families(t *testing.T) map[string]family {
 			return metrics.PolicyStats{LoadedAt: soon, NextExpiry: soon, Observing: []metrics.Observing{{Group: "g", Until: soon}}}
 		},
 		Ready: func() bool { return true },
+		Certificates: func() map[string]time.Time {
+			return map[string]time.Time{"proxy.tls": soon, "dns.tls": soon, "admin.tls": soon}
+		},
 		Resolver: func() metrics.ResolverStats {
 			return metrics.ResolverStats{Upstreams: []metrics.UpstreamStats{{RTT: time.Second}}, Limited: []metrics.Limited{
 				{Limit: "responses", Action: "dropped"}, {Limit: "responses", Action: "truncated"}, {Limit: "queries", Action: "dropped"},

@@ -134,7 +134,7 @@ func newGate(o *options, s config.Settings) (*gate, error) {
 	}
 	v, rev := build()
 	g.metrics = metrics.New(metrics.Options{
-		Version: v, Revision: rev, Log: g.logStats, Policy: g.policyStats, Ready: g.ready, Proxy: g.proxyStats,
+		Version: v, Revision: rev, Log: g.logStats, Policy: g.policyStats, Ready: g.ready, Proxy: g.proxyStats, Certificates: g.certificateExpiries,
 		Resolver: func() metrics.ResolverStats {
 			st := g.resolver.Stats()
 			return metrics.ResolverStats{

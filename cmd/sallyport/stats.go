@@ -14,7 +14,13 @@ func (g *gate) proxyStats() metrics.ProxyStats {
 		Connections: st.Connections, Tunnels: st.Tunnels, MaxTunnels: g.settings.Proxy.Limits.Tunnels,
 		Up: st.BytesUp, Down: st.BytesDown,
 		AcceptErrors: st.AcceptErrors, AcceptPauses: st.AcceptPauses, Panics: st.Panics,
-		Handshakes: st.Handshakes, CertificateExpiry: st.CertificateExpiry,
+		Handshakes: st.Handshakes,
+	}
+}
+
+func (g *gate) certificateExpiries() map[string]time.Time {
+	return map[string]time.Time{
+		"proxy.tls": g.proxy.Stats().CertificateExpiry, "dns.tls": g.dns.CertificateExpiry(), "admin.tls": g.admin.CertificateExpiry(),
 	}
 }
 

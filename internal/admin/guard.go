@@ -50,6 +50,15 @@ func (s *Server) SetCredentials(c Credentials) {
 	s.credentials.Store(&credentials{sha256.Sum256([]byte(c.Token)), c.Token != "", c.Certificate, c.ClientCAs})
 }
 
+// CertificateExpiry returns when the certificate in force expires; zero if there is
+// none, or its Leaf was not set (tls.X509KeyPair does that).
+func (s *Server) CertificateExpiry() time.Time {
+	if c := s.credentials.Load().cert; c != nil && c.Leaf != nil {
+		return c.Leaf.NotAfter
+	}
+	return time.Time{}
+}
+
 // tlsConfig returns what each connection is to use.
 func (s *Server) tlsConfig() *tls.Config {
 	protocols := []string{"h2", "http/1.1"}

@@ -269,6 +269,9 @@ func TestClientCertificates(t *testing.T) {
 	roots.AddCert(server.Leaf)
 	api := fullAPI()
 	url, s := serveServer(t, Config{API: api, Credentials: Credentials{Token: token, Certificate: &server, ClientCAs: pool}})
+	if got := s.CertificateExpiry(); !got.Equal(server.Leaf.NotAfter) {
+		t.Errorf("the certificate expires at %v, want %v", got, server.Leaf.NotAfter)
+	}
 	var idle []*http.Transport
 	defer func() {
 		for _, tr := range idle {

@@ -66,8 +66,7 @@ type ProxyStats struct {
 	AcceptPauses uint64 // how often accepting paused since then
 	Panics       uint64 // connections closed because of a mistake in the program, since then
 
-	Handshakes        map[string]uint64 // TLS handshakes of clients that failed since then, by cause, a closed set
-	CertificateExpiry time.Time         // of the TLS listener; zero: it has none
+	Handshakes map[string]uint64 // TLS handshakes of clients that failed since then, by cause, a closed set
 }
 
 // LogStats are the log's numbers.
@@ -86,6 +85,10 @@ type Options struct {
 	Policy            func() PolicyStats
 	Log               func() LogStats
 	Ready             func() bool // traffic may be sent here
+
+	// Certificates returns when the certificate of each section of the settings
+	// expires; zero: it has none.
+	Certificates func() map[string]time.Time
 }
 
 // Metrics counts. It is an [event.Observer] that neither blocks nor allocates.
@@ -324,7 +327,7 @@ var (
 	limitDesc      = desc("tunnels_limit", "How many tunnels may be open.")
 	panicsDesc     = desc("panics_total", "Connections closed because of a mistake in the program.")
 	handshakesDesc = desc("tls_handshake_failures_total", "TLS handshakes of clients with the proxy that failed.", "cause")
-	certDesc       = desc("tls_certificate_expiry_timestamp_seconds", "When the certificate of the TLS listener expires, in Unix time.")
+	certDesc       = desc("tls_certificate_expiry_timestamp_seconds", "When the certificate of a section of the settings expires, in Unix time.", "section")
 	buildDesc      = desc("build_info", "The program, always 1.", "version", "revision", "goversion")
 )
 
@@ -400,6 +403,13 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 			u.collect(counter, gauge)
 		}
 	}
+	if o.Certificates != nil {
+		for section, expires := range o.Certificates() {
+			if !expires.IsZero() {
+				gauge(certDesc, unix(expires), section)
+			}
+		}
+	}
 	if o.Log != nil {
 		s := o.Log()
 		counter(droppedDesc, s.Dropped)
@@ -418,9 +428,6 @@ func (s *ProxyStats) collectMore(counter emit, gauge emitGauge) {
 	counter(panicsDesc, s.Panics)
 	for cause, n := range s.Handshakes {
 		counter(handshakesDesc, n, cause)
-	}
-	if !s.CertificateExpiry.IsZero() {
-		gauge(certDesc, unix(s.CertificateExpiry))
 	}
 }
 

@@ -50,8 +50,11 @@ func TestScrape(t *testing.T) {
 	m := New(Options{
 		Version: "v1", Revision: "0123abc",
 		Proxy: func() ProxyStats {
-			return ProxyStats{Connections: 6, MaxTunnels: 100, Panics: 2, Handshakes: map[string]uint64{"timeout": 7}, CertificateExpiry: time.Unix(1800000000, 0),
+			return ProxyStats{Connections: 6, MaxTunnels: 100, Panics: 2, Handshakes: map[string]uint64{"timeout": 7},
 				Tunnels: 3, Up: 40, Down: 800, AcceptErrors: 11, AcceptPauses: 12}
+		},
+		Certificates: func() map[string]time.Time {
+			return map[string]time.Time{"proxy.tls": time.Unix(1800000000, 0), "dns.tls": time.Unix(1900000000, 0), "admin.tls": {}}
 		},
 		Log: func() LogStats { return LogStats{Dropped: 4, Lines: 5, Bytes: 600} },
 		Policy: func() PolicyStats {
@@ -116,7 +119,9 @@ func TestScrape(t *testing.T) {
 		`sallyport_tunnels_limit`:                                                                            "100",
 		`sallyport_panics_total`:                                                                             "2",
 		`sallyport_tls_handshake_failures_total{cause="timeout"}`:                                            "7",
-		`sallyport_tls_certificate_expiry_timestamp_seconds`:                                                 "1.8e+09",
+		`sallyport_tls_certificate_expiry_timestamp_seconds{section="proxy.tls"}`:                            "1.8e+09",
+		`sallyport_tls_certificate_expiry_timestamp_seconds{section="dns.tls"}`:                              "1.9e+09",
+		`sallyport_tls_certificate_expiry_timestamp_seconds{section="admin.tls"}`:                            "",
 		`sallyport_log_queue_lines`:                                                                          "5",
 		`sallyport_log_queue_bytes`:                                                                          "600",
 		`sallyport_dns_dropped_total`:                                                                        "8",

@@ -87,7 +87,8 @@ func TestEncryptedResolver(t *testing.T) {
 			t.Errorf("dig takes the new certificate for the old one:\n%s", out)
 		}
 	})
-	wants(t, "metrics", g.metrics(), `sallyport_decisions_total{group="ci",listener="dns_tls",reason="matched",verdict="allow"}`,
+	wants(t, "metrics", g.metrics(), `sallyport_tls_certificate_expiry_timestamp_seconds{section="dns.tls"} `,
+		`sallyport_decisions_total{group="ci",listener="dns_tls",reason="matched",verdict="allow"}`,
 		`sallyport_decisions_total{group="",listener="dns_https",reason="unmatched_source",verdict="deny"}`)
 	// Whoever is told of queries is told of these too, with their door.
 	_, live := g.api("GET", "decisions?listener=dns_tls&verdict=allow&limit=1", nil)
