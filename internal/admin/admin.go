@@ -217,7 +217,8 @@ func (s *Server) Serve(ctx context.Context) error {
 	if s.http.TLSConfig != nil {
 		serve = func(l net.Listener) error { return s.http.ServeTLS(l, "", "") }
 	}
-	if err := serve(netutil.LimitListener(s.listener, maxConnections)); !errors.Is(err, http.ErrServerClosed) {
+	l := &shares{Listener: s.listener, held: map[netip.Addr]int{}, refuse: func(from string) { s.refuse(refusedMany, from, "too many connections from there") }}
+	if err := serve(netutil.LimitListener(l, maxConnections)); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
 	return nil

@@ -16,10 +16,11 @@ const (
 	refusedHandshake          // TLS that came to nothing for another reason
 	refusedHost               // for another host: DNS rebinding, or admin.hosts is not complete
 	refusedOrigin             // from a page of another origin, or as one could
+	refusedMany               // connections beyond the share of one source
 	refusals
 )
 
-var refusalNames = [refusals]string{"no_credential", "wrong_token", "wrong_certificate", "handshake", "other_host", "other_origin"}
+var refusalNames = [refusals]string{"no_credential", "wrong_token", "wrong_certificate", "handshake", "other_host", "other_origin", "too_many"}
 
 // sayEvery is how often a kind of refusal is logged.
 const sayEvery = 10 * time.Second
