@@ -20,11 +20,11 @@ const (
 
 // A policyView is the policy in force for people to read, made once for each revision.
 type policyView struct {
-	mu     sync.Mutex // guards the rest, and lets one be made at a time
-	made   bool
-	detail admin.PolicyDetail
-	owners map[string][]string                        // the groups that count for a group: itself and its ancestors
-	uses   func() map[discovery.RuleKey]discovery.Use // nil: how often rules were used is not known
+	mu       sync.Mutex // guards the rest, and lets one be made at a time
+	made     bool
+	detail   admin.PolicyDetail
+	lineages map[string][]string
+	uses     func() map[discovery.RuleKey]discovery.Use // nil: how often rules were used is not known
 }
 
 // policyDetail answers what is in force.
@@ -41,7 +41,7 @@ func (g *gate) policyDetail() (*admin.PolicyDetail, error) {
 		if err != nil {
 			return nil, err
 		}
-		v.detail, v.owners, v.made = newPolicyDetail(doc), ownersOf(doc), true
+		v.detail, v.lineages, v.made = newPolicyDetail(doc), doc.Lineages(), true
 		v.detail.Revision = p.Revision()
 	}
 	g.status.mu.Lock()
@@ -54,7 +54,10 @@ func (g *gate) policyDetail() (*admin.PolicyDetail, error) {
 func (v *policyView) now(p *policy.Policy, loaded time.Time) *admin.PolicyDetail {
 	d := v.detail
 	d.LoadedAt = loaded
-	uses := v.usesByOwner()
+	var uses map[discovery.RuleKey]discovery.Use
+	if v.uses != nil {
+		uses = discovery.UsesByWriter(v.lineages, v.uses())
+	}
 	d.Deny = used(d.Deny, "", true, uses)
 	d.Groups = slices.Clone(d.Groups)
 	for i := range d.Groups {
@@ -63,32 +66,6 @@ func (v *policyView) now(p *policy.Policy, loaded time.Time) *admin.PolicyDetail
 		g.Allow, g.Deny = used(g.Allow, g.Name, false, uses), used(g.Deny, g.Name, true, uses)
 	}
 	return &d
-}
-
-// usesByOwner sums up uses for the groups that wrote the rules; "" for those of all
-// groups. Events name the group whose traffic it was: a rule counts for each ancestor
-// of it that has one of the same ID.
-func (v *policyView) usesByOwner() map[discovery.RuleKey]discovery.Use {
-	if v.uses == nil {
-		return nil
-	}
-	sum := map[discovery.RuleKey]discovery.Use{}
-	for k, use := range v.uses() {
-		owners := v.owners[k.Group]
-		if k.Deny {
-			owners = append(slices.Clip(owners), "")
-		}
-		for _, o := range owners {
-			key := discovery.RuleKey{Group: o, Rule: k.Rule, Deny: k.Deny}
-			s := sum[key]
-			s.Hits += use.Hits
-			if use.LastUsed.After(s.LastUsed) {
-				s.LastUsed = use.LastUsed
-			}
-			sum[key] = s
-		}
-	}
-	return sum
 }
 
 // used returns a copy of rules with their uses.
@@ -177,25 +154,4 @@ func listsOf(names []string, files map[string]string) []admin.ListDetail {
 // some returns a copy of the first of items; never nil.
 func some(items []string, most int) []string {
 	return append([]string{}, items[:min(most, len(items))]...)
-}
-
-// ownersOf returns each group with its ancestors.
-func ownersOf(doc *policy.Document) map[string][]string {
-	extends := map[string][]string{}
-	for i := range doc.Groups {
-		extends[doc.Groups[i].Name] = doc.Groups[i].Extends
-	}
-	owners := map[string][]string{}
-	for name := range extends {
-		all := []string{name}
-		for i := 0; i < len(all); i++ { // which grows; a policy in force has no circles
-			for _, up := range extends[all[i]] {
-				if !slices.Contains(all, up) {
-					all = append(all, up)
-				}
-			}
-		}
-		owners[name] = all
-	}
-	return owners
 }

@@ -291,7 +291,7 @@ type writtenRule struct {
 
 // rulesOf returns every rule of doc in its order.
 func rulesOf(doc *policy.Document, e *Evidence) (out []writtenRule) {
-	uses := usesByWriter(doc, e.Rules)
+	uses := UsesByWriter(doc.Lineages(), e.Rules)
 	add := func(group, path string, rules []policy.Rule, deny bool) {
 		ids := policy.RuleIDs(rules)
 		for i := range rules {
@@ -327,28 +327,14 @@ func dateOrTime(s string) time.Time {
 	return time.Time{}
 }
 
-// usesByWriter sums up uses for the groups that may have written the rules: that whose
-// traffic it was, its ancestors, and of deny rules all groups ("").
-func usesByWriter(doc *policy.Document, uses map[RuleKey]Use) map[RuleKey]Use {
-	extends := map[string][]string{}
-	for i := range doc.Groups {
-		extends[doc.Groups[i].Name] = doc.Groups[i].Extends
-	}
-	writers := map[string][]string{}
-	for name := range extends {
-		all := []string{name}
-		for i := 0; i < len(all); i++ { // which grows; a policy in force has no circles
-			for _, up := range extends[all[i]] {
-				if !slices.Contains(all, up) {
-					all = append(all, up)
-				}
-			}
-		}
-		writers[name] = all
-	}
+// UsesByWriter sums up uses for the groups that may have written the rules: that whose
+// traffic it was, its ancestors, and of deny rules all groups (""). Events name the group
+// whose traffic it was, so a rule counts for each ancestor that has one of the same ID.
+// lineages are what [policy.Document.Lineages] says of the policy.
+func UsesByWriter(lineages map[string][]string, uses map[RuleKey]Use) map[RuleKey]Use {
 	sum := map[RuleKey]Use{}
 	for k, u := range uses {
-		all := writers[k.Group]
+		all := lineages[k.Group]
 		if k.Deny {
 			all = append(slices.Clip(all), "")
 		}
