@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"strconv"
 	"strings"
@@ -24,8 +25,9 @@ func newTop() *cobra.Command {
 		Use:   "top",
 		Short: "Show what a running gate does, over its admin API",
 		Long: "Show what a running gate does, over its admin API: rates, the names asked for and\n" +
-			"denied most, tunnels, the last decisions. q quits, space refreshes at once. With\n" +
-			"--once, or where there is no terminal, it prints one snapshot.",
+			"denied most in the last half hour to hour (the tables say since when), tunnels, the\n" +
+			"last decisions. q quits, space refreshes at once. With --once, or where there is no\n" +
+			"terminal, it prints one snapshot. sallyport report looks back further.",
 		Example: "  sallyport top\n" +
 			"  sallyport top --once --admin https://gate.corp.example:9128 --token-file token",
 		Args: cobra.NoArgs,
@@ -132,7 +134,7 @@ func (s *snapshot) lines(l layout) []string {
 			clean(st.Version, 40), clean(st.Node, 60), state, clean(st.Policy.Revision, 20), time.Duration(st.Uptime)*time.Second, s.tunnels.Total, st.LogDropped),
 		s.rates(), "",
 	}
-	names, denied := talkers(&s.names, l.names, "NAME"), talkers(&s.denied, l.names, "DENIED")
+	names, denied := s.talkers(&s.names, l.names, "NAME"), s.talkers(&s.denied, l.names, "DENIED")
 	for i := range max(len(names), len(denied)) {
 		out = append(out, strings.TrimRight(fmt.Sprintf("%-58s  %s", at(names, i), at(denied, i)), " "))
 	}
@@ -189,8 +191,8 @@ func at(lines []string, i int) string {
 }
 
 // talkers returns a table.
-func talkers(t *live.Top, rows int, title string) []string {
-	out := []string{fmt.Sprintf("%9s  %s", "COUNT", title)}
+func (s *snapshot) talkers(t *live.Top, rows int, title string) []string {
+	out := []string{fmt.Sprintf("%9s  %s, LAST %.0f MINUTES", "COUNT", title, math.Ceil(s.at.Sub(t.Since).Minutes()))}
 	for i, k := range t.Talkers {
 		if i == rows {
 			break

@@ -38,7 +38,7 @@ func fakeGate(t *testing.T, credentials admin.Credentials) string {
 				return admin.Series{Time: []int64{1, 2}, Decisions: rates, DNSQueries: rates, BytesUp: []float64{0, 2e6}, BytesDown: []float64{0, 3.5e9}, Tunnels: []int{1, 2}}
 			},
 			Top: func(by live.By, n int) live.Top {
-				return live.Top{Talkers: []live.Talker{{Key: string(by) + ".test", Group: "ci", Reason: "not_listed", Count: 123456}, {Key: hostile, Group: hostile, Reason: hostile, Count: 2},
+				return live.Top{Since: time.Now().Add(-46*time.Minute - 30*time.Second), Talkers: []live.Talker{{Key: string(by) + ".test", Group: "ci", Reason: "not_listed", Count: 123456}, {Key: hostile, Group: hostile, Reason: hostile, Count: 2},
 					{Key: "watched.test", Group: "legacy", Reason: "not_listed", Verdict: "observe", Count: 1}}}
 			},
 			Tunnels: func(int) ([]admin.Tunnel, int) {
@@ -95,7 +95,7 @@ func TestTopOnce(t *testing.T) {
 		for _, want := range []string{
 			"sallyport v1.2.3 on gate-1   ready   policy 0123456789ab   up 1m30s   7 tunnels   0 log lines lost\n",
 			"connections allow 12.5  deny 3  observe 0   queries allow 12.5", "bytes up 2.0M  down 3.5G",
-			"   123.5k  name.test", "   123.5k  denied.test                          ci, not_listed\n", "legacy, not_listed (passed: observed)\n",
+			"    COUNT  NAME, LAST 47 MINUTES ", "  COUNT  DENIED, LAST 47 MINUTES\n", "   123.5k  name.test", "   123.5k  denied.test                          ci, not_listed\n", "legacy, not_listed (passed: observed)\n",
 			`evil\x1b[2J\x1b]0;owned\a\r\n\u..:443`, "12.3M  t1\n", " deny    not_listed           10.1.2.3                 ci               evil\\x1b[2J\\x1b]0;owned\\a\\r\\n\\u202e\\ufffd.test:443\n",
 			"q.test AAAA\n",
 		} {
