@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"net/netip"
 	"strconv"
 	"strings"
@@ -60,6 +61,22 @@ func accept(h dns.Header) dns.MsgAcceptAction {
 	return dns.MsgAccept
 }
 
+var errCut = errors.New("the message ends before the last record that it counts")
+
+// unpack unpacks packet, of at least a header, into m. Other than m.Unpack it takes no
+// message that ends between two of the records that its header counts.
+func unpack(m *dns.Msg, packet []byte) error {
+	if err := m.Unpack(packet); err != nil {
+		return err
+	}
+	for i, n := range [...]int{len(m.Question), len(m.Answer), len(m.Ns), len(m.Extra)} {
+		if int(binary.BigEndian.Uint16(packet[4+2*i:])) != n {
+			return errCut
+		}
+	}
+	return nil
+}
+
 // serve answers one packet of any kind, which it does not keep.
 func (s *Server) serve(ctx context.Context, c client, packet []byte) {
 	m := new(dns.Msg)
@@ -71,7 +88,7 @@ func (s *Server) serve(ctx context.Context, c client, packet []byte) {
 	rcode := dns.RcodeFormatError
 	switch accept(dns.Header{Id: word(0), Bits: word(2), Qdcount: word(4), Ancount: word(6), Nscount: word(8), Arcount: word(10)}) {
 	case dns.MsgAccept:
-		if m.Unpack(packet) == nil {
+		if unpack(m, packet) == nil {
 			s.handle(ctx, c, m)
 			return
 		}

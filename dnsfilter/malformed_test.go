@@ -14,8 +14,9 @@ import (
 
 // Where the header of a message counts records.
 const (
-	answerCount    = 6
-	authorityCount = 8
+	answerCount     = 6
+	authorityCount  = 8
+	additionalCount = 10
 )
 
 // withRecord appends to p, a message, a record of the name asked for, and counts it at
@@ -24,6 +25,44 @@ func withRecord(p []byte, count int, qtype uint16, rdata ...byte) []byte {
 	binary.BigEndian.PutUint16(p[count:], binary.BigEndian.Uint16(p[count:])+1)
 	p = append(p, 0xC0, headerSize, byte(qtype>>8), byte(qtype), 0, dns.ClassINET, 0, 0, 0, 60, 0, byte(len(rdata)))
 	return append(p, rdata...)
+}
+
+// withCount returns m with a record counted, at count, that is not there. Its ID is 4711.
+func withCount(t testing.TB, m *dns.Msg, count int) []byte {
+	t.Helper()
+	m.Id = 4711
+	p, err := m.Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p[count+1]++
+	return p
+}
+
+// TestT56AnswersCutBetweenRecords: an answer that ends before the last of the records it
+// counts is malformed, and not one without them. The next upstream is asked.
+func TestT56AnswersCutBetweenRecords(t *testing.T) {
+	for _, scheme := range []string{"udp://", "tcp://"} {
+		for _, count := range []int{answerCount, authorityCount, additionalCount} {
+			cut, whole := newOrigin(t), newOrigin(t, "api.ok.test. 60 IN A 192.0.2.1")
+			cut.set(func(w dns.ResponseWriter, q, _ *dns.Msg) {
+				p, err := new(dns.Msg).SetReply(q).Pack()
+				if err != nil {
+					t.Error(err)
+				}
+				p[count+1] = 1
+				w.Write(p)
+			})
+			r := newResolver(t, Config{Upstreams: []string{scheme + cut.addr, scheme + whole.addr}}, nil)
+			patient(r)
+			if rep := get(t, r, "api.ok.test", dns.TypeA); rep.err != nil || len(rep.answer) != 1 {
+				t.Errorf("%s, count at %d: reply = %+v", scheme, count, rep)
+			}
+			if n := r.Stats().UpstreamFailures; n != 1 {
+				t.Errorf("%s, count at %d: %d failures, want 1", scheme, count, n)
+			}
+		}
+	}
 }
 
 // TestT56RecordsWithoutData: miekg/dns reads an SOA whose data ends early, and packs of it

@@ -287,6 +287,8 @@ func TestT49RawPackets(t *testing.T) {
 		{"cut in the name", append(header(0, 1), 3, 'a'), dns.RcodeFormatError},
 		{"cut before the type", append(header(0, 1), 1, 'a', 0), dns.RcodeFormatError},
 		{"cut before the class", append(header(0, 1), 1, 'a', 0, 0, 1), dns.RcodeFormatError},
+		{"cut before the OPT record it counts", withCount(t, question("api.ok.test.", dns.TypeA), additionalCount), dns.RcodeFormatError},
+		{"cut before the answer it counts", withCount(t, question("api.ok.test.", dns.TypeA), answerCount), dns.RcodeFormatError},
 		{"a thousand questions", append(header(0, 1000), make([]byte, 480)...), dns.RcodeFormatError},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -165,7 +165,7 @@ func (w *waiter) unpack(p []byte) (*dns.Msg, error) {
 		copy(p[headerSize:w.name], lowered(p[headerSize:w.name]))
 	}
 	m := new(dns.Msg)
-	if err := m.Unpack(p); err != nil {
+	if err := unpack(m, p); err != nil {
 		return nil, fmt.Errorf("%w: %w", errMalformed, err)
 	}
 	return m, nil
