@@ -159,7 +159,7 @@ func (rs records) reply(k key, h *hosts) *reply {
 			return rep
 		}
 	}
-	return &reply{local: true, rcode: dns.RcodeServerFailure, err: fmt.Errorf("records: aliases of %s form a loop", k.name)}
+	return &reply{local: true, rcode: dns.RcodeServerFailure, ede: dns.ExtendedErrorCodeNoReachableAuthority, err: fmt.Errorf("records: aliases of %s form a loop", k.name)}
 }
 
 // fqdn returns n as miekg/dns spells names.

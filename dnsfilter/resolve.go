@@ -349,7 +349,7 @@ func (r *Resolver) resolve(ctx context.Context, k key, follow func(*reply) bool)
 	rep, err := r.lookup(ctx, k)
 	for hops := 0; err == nil && !rep.next.IsZero(); hops++ {
 		if hops == maxChain {
-			return &reply{rcode: dns.RcodeServerFailure, err: errors.New("too many aliases")}, nil
+			return &reply{rcode: dns.RcodeServerFailure, ede: dns.ExtendedErrorCodeNoReachableAuthority, err: errors.New("too many aliases")}, nil
 		}
 		if time.Since(begun) > r.timing.total {
 			err := fmt.Errorf("aliases take too long: %w", context.DeadlineExceeded)

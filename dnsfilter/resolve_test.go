@@ -296,8 +296,11 @@ func TestAliases(t *testing.T) {
 		}
 		w.WriteMsg(m)
 	})
-	r := newResolver(t, Config{Cache: Cache{Size: mib}}, o)
+	r := newResolver(t, Config{Cache: Cache{Size: mib}, Records: []Record{
+		{Name: "one.local", Type: "CNAME", Value: "two.local"}, {Name: "two.local", Type: "CNAME", Value: "one.local"},
+	}}, o)
 	for _, tt := range []struct{ name, want string }{
+		{"one.local", "SERVFAIL"},
 		{"half.test", "CNAME rest.test.,A 192.0.2.5"},
 		{"d.old.test", "DNAME new.test.,CNAME d.new.test.,A 192.0.2.6"},
 		{"loop.test", "SERVFAIL"}, {"c0.test", "SERVFAIL"}, {"odd.test", "SERVFAIL"},
@@ -310,6 +313,9 @@ func TestAliases(t *testing.T) {
 			}
 			if got != tt.want {
 				t.Errorf("%s = %s, want %s", tt.name, got, tt.want)
+			}
+			if rep.rcode != 0 && rep.ede == 0 {
+				t.Errorf("%s fails without an Extended DNS Error", tt.name)
 			}
 		}
 	}
