@@ -1,12 +1,15 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -75,33 +78,65 @@ func inspect(o *options, strict bool) *checkReport {
 	r.addIdentity(settings.Proxy)
 	r.addDNSIdentity(settings.DNS)
 	r.addAdmin(settings.Admin)
-	r.addSettings(settings.File, dnsfilter.Check(dnsConfig(settings.DNS)))
+	r.addSettings(o, dnsfilter.Check(dnsConfig(settings.DNS)))
 	_, err = newRoutes(&settings.Proxy)
-	r.addSettings(settings.File, err)
+	r.addSettings(o, err)
 	if r.policy != nil {
 		r.warnings = append(r.warnings, strangeGroups(&settings, r.policy)...)
 	}
 	return r
 }
 
-// addSettings adds what the resolver finds wrong with its settings.
-func (r *checkReport) addSettings(file string, err error) {
+// addSettings adds what resolver and proxy find wrong with their settings, which were
+// loaded from where o says.
+func (r *checkReport) addSettings(o *options, err error) {
 	if err == nil {
 		return
 	}
+	from, _ := o.loadOptions() // which were good when they were loaded
+	at := config.Locate(from)
 	var mistakes policy.Errors
-	all := []error{err}
-	if joined, ok := err.(interface{ Unwrap() []error }); ok { //nolint:errorlint // one level is what is wanted
-		all = joined.Unwrap()
+	for _, e := range flatten(err) {
+		mistakes = append(mistakes, r.located(at, e))
 	}
-	for _, e := range all {
-		mistakes = append(mistakes, &policy.Error{Pos: policy.Pos{File: file}, Err: e})
-	}
+	slices.SortStableFunc(mistakes, func(a, b *policy.Error) int {
+		return cmp.Or(cmp.Compare(a.Pos.File, b.Pos.File), cmp.Compare(a.Pos.Line, b.Pos.Line), cmp.Compare(a.Pos.Column, b.Pos.Column))
+	})
 	if others, ok := errors.AsType[policy.Errors](r.err); ok {
 		r.err = append(mistakes, others...)
 		return
 	}
 	r.err = errors.Join(mistakes, r.err)
+}
+
+// flatten returns the errors that err joins, each by itself.
+func flatten(err error) []error {
+	joined, ok := err.(interface{ Unwrap() []error }) //nolint:errorlint // level by level
+	if !ok {
+		return []error{err}
+	}
+	var all []error
+	for _, e := range joined.Unwrap() {
+		all = append(all, flatten(e)...)
+	}
+	return all
+}
+
+// located returns err, which begins with the path of a setting, with the place where that
+// is written, or the settings file.
+func (r *checkReport) located(at func(path string) policy.Pos, err error) *policy.Error {
+	e := &policy.Error{Pos: policy.Pos{File: r.settings}, Err: err}
+	for rest := err.Error(); ; {
+		path, what, ok := strings.Cut(rest, ": ")
+		if e.Path != "" {
+			path = e.Path + "." + path
+		}
+		pos := at(path)
+		if !ok || pos == (policy.Pos{}) {
+			return e
+		}
+		e.Pos, e.Path, e.Err, rest = pos, path, errors.New(what), what
+	}
 }
 
 func (r *checkReport) ok() bool { return r.err == nil && (!r.strict || len(r.warnings) == 0) }

@@ -103,11 +103,27 @@ type options struct {
 // load returns the settings of this process and tells of variables that look like
 // settings and are none.
 func (o *options) load() (config.Settings, error) {
+	from, err := o.loadOptions()
+	if err != nil {
+		return config.Settings{}, err
+	}
+	s, warnings, err := config.Load(from)
+	for _, w := range warnings {
+		fmt.Fprintln(os.Stderr, "warning:", w)
+	}
+	if err != nil {
+		return s, usageError(err)
+	}
+	return s, nil
+}
+
+// loadOptions returns where the settings come from.
+func (o *options) loadOptions() (config.LoadOptions, error) {
 	var overrides []config.Override
 	for _, kv := range o.set {
 		path, value, ok := strings.Cut(kv, "=")
 		if !ok {
-			return config.Settings{}, usageError(fmt.Errorf("--set %q: write key=value, such as --set proxy.listen=:3128", kv))
+			return config.LoadOptions{}, usageError(fmt.Errorf("--set %q: write key=value, such as --set proxy.listen=:3128", kv))
 		}
 		overrides = append(overrides, config.Override{Flag: "--set", Path: path, Value: value})
 	}
@@ -117,14 +133,5 @@ func (o *options) load() (config.Settings, error) {
 	if o.level != "" {
 		overrides = append(overrides, config.Override{Flag: "--log-level", Path: "log.level", Value: o.level})
 	}
-	s, warnings, err := config.Load(config.LoadOptions{
-		File: o.file, Flags: overrides, Env: os.Environ(), Default: configs.Settings,
-	})
-	for _, w := range warnings {
-		fmt.Fprintln(os.Stderr, "warning:", w)
-	}
-	if err != nil {
-		return s, usageError(err)
-	}
-	return s, nil
+	return config.LoadOptions{File: o.file, Flags: overrides, Env: os.Environ(), Default: configs.Settings}, nil
 }

@@ -35,11 +35,7 @@ type LoadOptions struct {
 // environment variables that look like settings and are none; they come with an
 // error too.
 func Load(o LoadOptions) (s Settings, warnings []string, err error) {
-	env, warnings := envLayer(o.Env)
-	if o.File == "" {
-		o.File = lookup(o.Env, FileVariable)
-	}
-	layers := []*layer{yamlLayer("embedded settings", "", o.Default), fileLayer(o.File), env, flagLayer(o.Flags)}
+	layers, warnings := o.layers()
 	if s, err = merge(layers[0], layers[1], layers[2], layers[3]); err != nil {
 		return Settings{}, warnings, err
 	}
@@ -47,13 +43,34 @@ func Load(o LoadOptions) (s Settings, warnings []string, err error) {
 	if mistakes := arrange(layers, s.check(origin(layers))); len(mistakes) > 0 {
 		return Settings{}, warnings, mistakes
 	}
-	s.File = o.File
+	s.File = o.file()
 	if s.Node == "" {
 		if s.Node, err = os.Hostname(); err != nil {
 			return Settings{}, warnings, fmt.Errorf("host name for node: %w", err)
 		}
 	}
 	return s, warnings, nil
+}
+
+// Locate returns a function that says where the value in force at a path, such as
+// dns.records[2].ttl, is written in what Load reads. It is the zero Pos where nothing is.
+func Locate(o LoadOptions) func(path string) policy.Pos {
+	layers, _ := o.layers()
+	return origin(layers)
+}
+
+// file returns the name of the settings file, "" if there is none.
+func (o LoadOptions) file() string {
+	if o.File != "" {
+		return o.File
+	}
+	return lookup(o.Env, FileVariable)
+}
+
+// layers reads what Load lays over each other, the last on top, with Load's warnings.
+func (o LoadOptions) layers() (layers []*layer, warnings []string) {
+	env, warnings := envLayer(o.Env)
+	return []*layer{yamlLayer("embedded settings", "", o.Default), fileLayer(o.file()), env, flagLayer(o.Flags)}, warnings
 }
 
 // lookup returns the value of name in environ; the last one counts.
