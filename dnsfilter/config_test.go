@@ -29,6 +29,10 @@ func TestNewAndCheckReportEveryMistake(t *testing.T) {
 			{Name: "b.test", Type: "CNAME", Value: "c.test"},
 			{Name: "b.test", Type: "TXT", Value: "x"},
 			{Name: "d.test", Type: "TXT", Value: "x", TTL: 1500 * time.Millisecond},
+			{Name: "e.test", Type: "CNAME", Value: "f.test"},
+			{Name: "F.test.", Type: "cname", Value: "E.test"},
+			{Name: "g.test", Type: "CNAME", Value: "G.test"},
+			{Name: "h.test", Type: "CNAME", Value: "i.test"},
 		},
 	}
 	err := Check(c)
@@ -48,12 +52,13 @@ func TestNewAndCheckReportEveryMistake(t *testing.T) {
 		"dns.cache.size: -1", "dns.cache.min_ttl: 1h0m0s is above", "dns.cache.serve_stale:",
 		"dns.records[0]: name:", "dns.records[1]: value:", "dns.records[2]: type:", "dns.records[3]: value:", "dns.records[4]: value:",
 		"dns.records[5]: value:", "dns.records[6]: ttl:", "dns.records[8]: b.test has a CNAME",
+		"dns.records[10]: value: the aliases of e.test", "dns.records[11]: value:", "dns.records[12]: value:",
 	} {
 		if !strings.Contains(got, want) {
 			t.Errorf("no %q in\n%s", want, got)
 		}
 	}
-	for _, good := range []string{"dns.listen[1]", "dns.records[7]"} {
+	for _, good := range []string{"dns.listen[1]", "dns.records[7]", "dns.records[13]"} {
 		if strings.Contains(got, good) {
 			t.Errorf("%q is complained about in\n%s", good, got)
 		}

@@ -41,7 +41,24 @@ func parseRecords(rs []Record) (records, error) {
 			errs = append(errs, fmt.Errorf("dns.records[%d]: %s has a CNAME and other records; a CNAME stands alone (RFC 1034, section 3.6.2)", i, name))
 		}
 	}
+	for i, r := range rs {
+		if name, err := policy.ParseName(r.Name); err == nil && strings.EqualFold(r.Type, "CNAME") && all.endless(name) {
+			errs = append(errs, fmt.Errorf("dns.records[%d]: value: the aliases of %s lead in a circle, or are more than %d; let one lead to an address, or to a name without records", i, name, maxChain))
+		}
+	}
 	return all, errors.Join(errs...)
+}
+
+// endless reports whether reply would give up on the aliases of name.
+func (rs records) endless(name policy.Name) bool {
+	for range maxChain {
+		alias := rs[name][dns.TypeCNAME]
+		if len(alias) == 0 {
+			return false
+		}
+		name = policy.MustName(alias[0].(*dns.CNAME).Target) // as in reply
+	}
+	return rs[name] != nil
 }
 
 func (r Record) parse() (policy.Name, dns.RR, error) {

@@ -296,11 +296,8 @@ func TestAliases(t *testing.T) {
 		}
 		w.WriteMsg(m)
 	})
-	r := newResolver(t, Config{Cache: Cache{Size: mib}, Records: []Record{
-		{Name: "one.local", Type: "CNAME", Value: "two.local"}, {Name: "two.local", Type: "CNAME", Value: "one.local"},
-	}}, o)
+	r := newResolver(t, Config{Cache: Cache{Size: mib}}, o)
 	for _, tt := range []struct{ name, want string }{
-		{"one.local", "SERVFAIL"},
 		{"half.test", "CNAME rest.test.,A 192.0.2.5"},
 		{"d.old.test", "DNAME new.test.,CNAME d.new.test.,A 192.0.2.6"},
 		{"loop.test", "SERVFAIL"}, {"c0.test", "SERVFAIL"}, {"odd.test", "SERVFAIL"},
