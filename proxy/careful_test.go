@@ -391,6 +391,31 @@ func TestBadResponses(t *testing.T) {
 	}
 }
 
+// TestTypeIsNotGuessed passes a response without a Content-Type on as it is.
+func TestTypeIsNotGuessed(t *testing.T) {
+	o := listen(t, "127.0.0.1:0")
+	g := start(t, policyFor("", o.port()))
+	g.resolver.set("api.ok.test", "127.0.0.1")
+	for _, tt := range []struct{ method, fields string }{
+		{"GET", ""},
+		{"POST", "Content-Length: 0\r\n"},
+		{"GET", "Connection: Upgrade\r\nUpgrade: websocket\r\n"},
+	} {
+		c := g.dial()
+		c.send("%s http://api.ok.test:%d/ HTTP/1.1\r\nHost: x\r\n%s\r\n", tt.method, o.port(), tt.fields)
+		u := o.accept(t)
+		asked(t, u)
+		io.WriteString(u, "HTTP/1.1 200 OK\r\nContent-Length: 13\r\nConnection: close\r\n\r\n<html></html>")
+		resp, body := c.response(tt.method)
+		if types := resp.Header["Content-Type"]; body != "<html></html>" || types != nil {
+			t.Errorf("%s %q: %q of type %q", tt.method, tt.fields, body, types)
+		}
+		g.next()
+		c.Close()
+		u.Close()
+	}
+}
+
 // TestUnaskedResponse has an origin answer one request twice: the second response
 // must not become that of another request.
 func TestUnaskedResponse(t *testing.T) {

@@ -519,6 +519,9 @@ func (ex *exchange) receive(resp *http.Response) {
 	addVia(resp.Header, resp.ProtoMajor, resp.ProtoMinor)
 	ex.length = resp.ContentLength
 	ex.ev.ContentType = resp.Header.Get("Content-Type")
+	if _, ok := resp.Header["Content-Type"]; !ok {
+		resp.Header["Content-Type"] = nil // keeps net/http from guessing
+	}
 	ex.answer.ReadCloser, ex.answer.n, ex.answer.more, ex.answer.failed = resp.Body, &ex.down, ex.totalDown(), &ex.broken
 	resp.Body = &ex.answer
 }
