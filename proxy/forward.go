@@ -627,6 +627,9 @@ func (ex *exchange) ReadFrom(src io.Reader) (n int64, err error) {
 			n += int64(w)
 			ex.written += int64(w)
 			if werr != nil {
+				if ex.broken == nil {
+					ex.broken = fmt.Errorf("response to the client: %w", werr)
+				}
 				return n, werr
 			}
 			if ex.written != ex.length {

@@ -401,6 +401,34 @@ func TestBadOrigin(t *testing.T) {
 	}
 }
 
+// TestClientLeavesWhileWritten says so in the event if the write of a response is what
+// finds out.
+func TestClientLeavesWhileWritten(t *testing.T) {
+	o := listen(t, "127.0.0.1:0")
+	g := start(t, policyFor("", o.port()))
+	g.resolver.set("api.ok.test", "127.0.0.1")
+	for _, method := range []string{"GET", "POST"} {
+		c := g.dial()
+		c.send("%s http://api.ok.test:%d/ HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", method, o.port())
+		u := o.accept(t)
+		asked(t, u)
+		io.WriteString(u, "HTTP/1.1 200 OK\r\n\r\nstart")
+		if _, err := http.ReadResponse(c.Reader, nil); err != nil {
+			t.Fatal(err)
+		}
+		c.SetLinger(0) // a reset
+		c.Close()
+		for buf := make([]byte, 64<<10); ; {
+			if _, err := u.Write(buf); err != nil {
+				break
+			}
+		}
+		if ev := g.next(); ev.Status != 200 || ev.Error == "" || !ev.Aborted {
+			t.Errorf("%s: %+v", method, ev)
+		}
+	}
+}
+
 // TestClientLeaves gives up the far side when nobody waits for it any more.
 func TestClientLeaves(t *testing.T) {
 	o := listen(t, "127.0.0.1:0")
