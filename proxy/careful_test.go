@@ -477,21 +477,26 @@ func TestHeadBounds(t *testing.T) {
 	}
 }
 
-// TestIdleBody ends a request whose body does not come.
+// TestIdleBody ends a request whose body does not come, and says so to the client.
 func TestIdleBody(t *testing.T) {
 	t.Parallel() // it waits
 	o := listen(t, "127.0.0.1:0")
 	g := start(t, policyFor("", o.port()), func(c *Config) { c.Timeouts.Idle = 200 * time.Millisecond })
 	g.resolver.set("api.ok.test", "127.0.0.1")
-	c := g.dial()
-	c.send("POST http://api.ok.test:%d/ HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nstart", o.port())
-	u := o.accept(t)
-	br, _ := asked(t, u)
-	if b, _ := io.ReadAll(br); string(b) != "start" {
-		t.Errorf("origin: %q", b)
-	}
-	if ev := g.next(); ev.BytesUp != 5 || ev.Error == "" {
-		t.Errorf("%+v", ev)
+	for _, start := range []string{"Content-Length: 100\r\n\r\nstart", "Transfer-Encoding: chunked\r\n\r\n5\r\nstart\r\n"} {
+		c := g.dial()
+		c.send("POST http://api.ok.test:%d/ HTTP/1.1\r\nHost: x\r\n%s", o.port(), start)
+		u := o.accept(t)
+		br, _ := asked(t, u)
+		if b, _ := io.ReadAll(br); !strings.Contains(string(b), "start") {
+			t.Errorf("origin: %q", b)
+		}
+		if resp, _ := c.response("POST"); resp.StatusCode != 408 || !resp.Close || c.rest() != "" {
+			t.Errorf("%s %v", resp.Status, resp.Header)
+		}
+		if ev := g.next(); ev.BytesUp != 5 || ev.Status != 408 || ev.Decision.Reason != policy.ReasonBadRequest || ev.Error != errBodySlow.Error() {
+			t.Errorf("%+v", ev)
+		}
 	}
 }
 

@@ -90,6 +90,13 @@ func (c *idleConn) setReadDeadline(now time.Time) error {
 // slack is how much earlier than wanted a deadline may be that is d away.
 func slack(d time.Duration) time.Duration { return min(touchEvery, max(d, 0)/8) }
 
+// idled reports whether err, of a read, means that the idle time has passed.
+func (c *idleConn) idled(err error) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return !c.fixed && isTimeout(err)
+}
+
 // interrupted reports whether reads fail because net/http wants them to.
 func (c *idleConn) interrupted() bool {
 	c.mu.Lock()
@@ -196,6 +203,10 @@ func (c *clientConn) Read(p []byte) (int, error) {
 		return n, nil
 	}
 	if c.serving.Load() {
+		if c.idled(err) {
+			err = errBodySlow
+			c.in.bad = err // nobody waits for it once more
+		}
 		if bad := (*headError)(nil); errors.As(err, &bad) {
 			c.badBody.Store(bad) // before net/http, which cancels the request
 		}

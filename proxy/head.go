@@ -27,6 +27,7 @@ var (
 	errHeadTooBig = &headError{http.StatusRequestHeaderFieldsTooLarge, "request head exceeds the limit"}
 	errURLTooLong = &headError{http.StatusRequestURITooLong, "request target exceeds proxy.limits.url_bytes"}
 	errHeadSlow   = &headError{http.StatusRequestTimeout, "request head did not arrive in time"}
+	errBodySlow   = &headError{http.StatusRequestTimeout, "body of the request did not arrive in time"}
 )
 
 // A head is the part of a request head that is looked at before net/http. The
