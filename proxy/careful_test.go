@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"sallyport/policy"
+	"sallyport/policy/event"
 )
 
 // asked reads a request at the origin, as it is on the wire.
@@ -255,6 +256,50 @@ func TestExpectContinue(t *testing.T) {
 		}
 		g.next()
 	})
+}
+
+// before is an observer that does something first.
+type before struct {
+	event.Observer
+	do func()
+}
+
+func (b before) Observe(ev *event.Event) {
+	b.do()
+	b.Observer.Observe(ev)
+}
+
+// TestEarlyAnswer has a client receive an answer at once that comes before its body,
+// however long the rest of that is waited for.
+func TestEarlyAnswer(t *testing.T) {
+	t.Parallel() // it waits
+	o := listen(t, "127.0.0.1:0")
+	clients, answers := make(chan *client, 1), make(chan *http.Response, 1)
+	g := start(t, policyFor("", o.port()), func(cfg *Config) {
+		cfg.Observer = before{cfg.Observer, func() {
+			resp, _ := http.ReadResponse((<-clients).Reader, nil)
+			answers <- resp
+		}}
+	})
+	g.resolver.set("api.ok.test", "127.0.0.1")
+	for _, fields := range []string{"Content-Length: 5\r\nExpect: 100-continue\r\n", "Content-Length: 5\r\n", "Transfer-Encoding: chunked\r\n"} {
+		for name, status := range map[string]int{"api.ok.test": 401, "evil.test": 403} {
+			c := g.dial()
+			c.SetReadDeadline(time.Now().Add(patience / 4))
+			clients <- c
+			c.send("POST http://%s:%d/ HTTP/1.1\r\nHost: x\r\n%s\r\n", name, o.port(), fields)
+			if status == 401 {
+				u := o.accept(t)
+				asked(t, u)
+				io.WriteString(u, "HTTP/1.1 401 Unauthorized\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno")
+			}
+			g.next()
+			if resp := <-answers; resp == nil || resp.StatusCode != status || !resp.Close {
+				t.Errorf("%s, %q: %+v", name, fields, resp)
+			}
+			c.Close()
+		}
+	}
 }
 
 // TestTrailers passes them on in both directions, announced or not.

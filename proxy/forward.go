@@ -220,6 +220,9 @@ func (ex *exchange) finish(r *http.Request) {
 	}
 	if !ex.taken {
 		if ex.unread() { // what is left of the body is not waited for
+			if crash == nil && ex.broken == nil {
+				ex.Flush() // the answer does not wait for it either
+			}
 			http.NewResponseController(ex.ResponseWriter).SetReadDeadline(time.Now().Add(bodyPatience))
 		}
 		r.Body.Close() // a round trip that outlives the handler must not read on
