@@ -2,11 +2,13 @@ package proxy
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"runtime"
 	"strings"
 	"syscall"
@@ -660,5 +662,34 @@ func TestRevokedResponse(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// TestRevokedDial ends the way to the far side at once.
+func TestRevokedDial(t *testing.T) {
+	for _, request := range []string{"GET", "POST", "upgrade"} {
+		g := start(t, policyFor("", 80))
+		under := make(chan struct{})
+		g.resolver.intercept(func(ctx context.Context, _ string) ([]netip.Addr, error) {
+			close(under)
+			<-ctx.Done()
+			return nil, ctx.Err()
+		})
+		method, fields := request, "Content-Length: 0\r\n"
+		if request == "upgrade" {
+			method, fields = "GET", "Connection: Upgrade\r\nUpgrade: websocket\r\n"
+		}
+		c := g.dial()
+		c.SetReadDeadline(time.Now().Add(patience / 4))
+		c.send("%s http://api.ok.test/ HTTP/1.1\r\nHost: x\r\n%s\r\n", method, fields)
+		<-under
+		g.store.Swap(compile(t, policyFor("", 1)))
+		if resp, err := http.ReadResponse(c.Reader, nil); err != nil || resp.StatusCode != 403 || resp.Header.Get("X-Sallyport-Reason") != "policy_revoked" {
+			t.Errorf("%s: %+v, %v", request, resp, err)
+		}
+		if ev := g.next(); ev.Decision.Reason != policy.ReasonPolicyRevoked {
+			t.Errorf("%s: %+v", request, ev)
+		}
+		c.Close()
 	}
 }

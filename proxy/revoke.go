@@ -74,13 +74,14 @@ func (l *liveExchange) under() bool {
 	return l.ex != nil
 }
 
-// dialling has giveUp called if the client goes before the far side is reached.
+// dialling has giveUp called if the client goes, or a later policy ends the exchange,
+// before the far side is reached.
 func (l *liveExchange) dialling(giveUp context.CancelFunc) {
 	l.mu.Lock()
 	l.giveUp = giveUp
-	left := l.ex != nil && l.ex.left.Load()
+	over := l.ex != nil && (l.ex.left.Load() || l.ex.revoked.Load() != nil)
 	l.mu.Unlock()
-	if left {
+	if over {
 		giveUp()
 	}
 }
@@ -160,6 +161,9 @@ func (l *liveExchange) cutRevoked() {
 	defer l.mu.Unlock()
 	if l.ex == nil || l.ex.revoked.Load() == nil {
 		return
+	}
+	if l.giveUp != nil {
+		l.giveUp()
 	}
 	if l.upstream != nil {
 		l.upstream.Close()
