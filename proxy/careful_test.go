@@ -693,3 +693,29 @@ func TestRevokedDial(t *testing.T) {
 		c.Close()
 	}
 }
+
+// TestStopped blames the end of the drain, and not the client, for what it cuts.
+func TestStopped(t *testing.T) {
+	for _, answer := range []string{"", "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\npart"} {
+		for _, request := range []string{"Content-Length: 0\r\n\r\n", "Content-Length: 9\r\n\r\nstart", "Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"} {
+			o := listen(t, "127.0.0.1:0")
+			g := start(t, policyFor("", o.port()), func(c *Config) { c.Timeouts.Drain = 10 * time.Millisecond })
+			g.resolver.set("api.ok.test", "127.0.0.1")
+			c := g.dial()
+			c.send("GET http://api.ok.test:%d/ HTTP/1.1\r\nHost: x\r\n%s", o.port(), request)
+			u := o.accept(t)
+			asked(t, u)
+			io.WriteString(u, answer)
+			if answer != "" {
+				if _, err := http.ReadResponse(c.Reader, nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			g.srv.Shutdown(context.Background())
+			if ev := g.next(); !strings.Contains(ev.Error, errDraining.Error()) || !ev.Aborted {
+				t.Errorf("%q, %q: %q", request, answer, ev.Error)
+			}
+			c.Close()
+		}
+	}
+}

@@ -226,6 +226,9 @@ func (ex *exchange) finish(r *http.Request) {
 			http.NewResponseController(ex.ResponseWriter).SetReadDeadline(time.Now().Add(bodyPatience))
 		}
 		r.Body.Close() // a round trip that outlives the handler must not read on
+		if ex.broken != nil && ex.s.life.Err() != nil {
+			ex.broken = errDraining // whatever it looked like
+		}
 		ex.judgeEnd(crash != nil)
 		ex.ev.Decision = ex.decision
 		ex.ev.BytesUp, ex.ev.BytesDown = ex.up.Load(), ex.down.Load()
