@@ -63,7 +63,7 @@ func (f *farewell) look() {
 	if f.over.Load() {
 		return
 	}
-	if hasLeft(f.client, f.secure) {
+	if hasLeft(f.client, f.secure, false) {
 		f.left.Store(true)
 		f.end()
 		return
@@ -121,7 +121,7 @@ func (p *presence) begin() {
 
 // look is called by the timer.
 func (p *presence) look() {
-	if p.live.under() && !p.more.Load() && hasLeft(p.client, p.secure) {
+	if p.live.under() && hasLeft(p.client, p.secure, p.more.Load()) {
 		p.live.leave()
 	}
 	p.live.mu.Lock()

@@ -45,11 +45,11 @@ func TestHasLeft(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if got := hasLeft(raw, tt.secure); got != tt.want {
+			if got := hasLeft(raw, tt.secure, false); got != tt.want {
 				t.Errorf("hasLeft = %v, want %v", got, tt.want)
 			}
 			there.Close()
-			if hasLeft(raw, tt.secure) {
+			if hasLeft(raw, tt.secure, false) {
 				t.Error("a connection that is closed here")
 			}
 		})
@@ -107,7 +107,7 @@ func (g *gate) presences() (all []*presence) {
 }
 
 // TestPresence: a client that has closed its side while its request is under way has
-// left, unless it has asked for more before.
+// left, unless it has asked for more before and does not reset the connection.
 func TestPresence(t *testing.T) {
 	o := listen(t, "127.0.0.1:0")
 	g := start(t, policyFor("", o.port()))
@@ -165,5 +165,19 @@ func TestPresence(t *testing.T) {
 			t.Errorf("a client that asked twice and closed its side was answered %q", body)
 		}
 		g.next()
+	}
+
+	c = g.dial()
+	c.send("%s", request+"GET")
+	asked(u)
+	g.until(func() bool { return g.presences()[0].more.Load() })
+	c.SetLinger(0) // a reset: nobody waits for anything any more
+	c.Close()
+	look()
+	if b, err := io.ReadAll(u); len(b) != 0 || err != nil {
+		t.Errorf("the far side, after the client has reset its connection: %q, %v", b, err)
+	}
+	if ev := g.next(); ev.Error != errClientLeft.Error() {
+		t.Errorf("the event of a client that has reset its connection: %+v", ev)
 	}
 }

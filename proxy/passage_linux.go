@@ -510,7 +510,7 @@ func (p *passage) overdue() {
 		p.leave()
 	case connecting:
 		u := p.setup
-		if p.pending[clientSide] && hasLeftFD(p.fd[clientSide], false) {
+		if p.pending[clientSide] && hasLeftFD(p.fd[clientSide], false, false) {
 			p.leftDialling()
 			return
 		}
