@@ -463,6 +463,38 @@ func TestTypeIsNotGuessed(t *testing.T) {
 	}
 }
 
+// TestHeadAlone passes the head of a stream on that has no event yet.
+func TestHeadAlone(t *testing.T) {
+	o := listen(t, "127.0.0.1:0")
+	g := start(t, policyFor("", o.port()))
+	g.resolver.set("api.ok.test", "127.0.0.1")
+	for _, tt := range []struct{ method, fields string }{
+		{"GET", "Transfer-Encoding: chunked\r\n"},
+		{"GET", "Transfer-Encoding: chunked\r\nContent-Type: text/event-stream\r\n"},
+		{"POST", "Transfer-Encoding: chunked\r\nContent-Type: text/event-stream; charset=utf-8\r\n"},
+	} {
+		c := g.dial()
+		c.SetReadDeadline(time.Now().Add(patience / 4))
+		c.send("%s http://api.ok.test:%d/ HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", tt.method, o.port())
+		u := o.accept(t)
+		asked(t, u)
+		fmt.Fprintf(u, "HTTP/1.1 200 OK\r\n%s\r\n", tt.fields)
+		resp, err := http.ReadResponse(c.Reader, nil)
+		if err != nil {
+			t.Errorf("%s, %q: %v", tt.method, tt.fields, err)
+		}
+		io.WriteString(u, "2\r\nok\r\n0\r\n\r\n")
+		if err == nil {
+			if body, err := io.ReadAll(resp.Body); string(body) != "ok" || err != nil {
+				t.Errorf("%s, %q: %q, %v", tt.method, tt.fields, body, err)
+			}
+		}
+		g.next()
+		c.Close()
+		u.Close()
+	}
+}
+
 // TestUnaskedResponse has an origin answer one request twice: the second response
 // must not become that of another request.
 func TestUnaskedResponse(t *testing.T) {

@@ -616,6 +616,9 @@ func (ex *exchange) WriteHeader(status int) {
 		ex.endConnection()
 	}
 	ex.ResponseWriter.WriteHeader(status)
+	if ex.length < 0 && ex.waits() {
+		ex.Flush()
+	}
 }
 
 var _ io.ReaderFrom = (*exchange)(nil) // io.Copy looks for it
@@ -649,6 +652,15 @@ func (ex *exchange) ReadFrom(src io.Reader) (n int64, err error) {
 			return n, rerr
 		}
 	}
+}
+
+// waits reports whether nothing of a response has come but its head, or may have, as
+// with events.
+func (ex *exchange) waits() bool {
+	if b, ok := ex.answer.ReadCloser.(*carried); ok && b.conn != nil {
+		return b.conn.reader.Buffered() == 0 && len(b.conn.in.held) == 0
+	}
+	return strings.HasPrefix(ex.ev.ContentType, "text/event-stream")
 }
 
 // Flush sends what is buffered.
