@@ -3,6 +3,7 @@ package dnsfilter
 import (
 	"net/netip"
 	"time"
+	"unsafe"
 
 	"github.com/miekg/dns"
 
@@ -21,10 +22,15 @@ type fast struct {
 	text [256 + 16]byte // a name as events have it, and an ID
 	key  [keySize + 17]byte
 	ev   event.Event
+	page []byte // room for the text of the next events, nothing of it used
 
 	plain  bool // the last query is, and stands in q
 	missed bool // of the last query: it was left because nothing is known of it
 }
+
+// textPage is how many bytes of text, of events that come one after the other, are allocated
+// together. Whoever keeps one of them keeps all.
+const textPage = 1 << 10
 
 func newFast(s *Server) *fast {
 	f := &fast{s: s}
@@ -263,10 +269,15 @@ func (f *fast) observe(o *outcome, packet []byte, start, end time.Time, err erro
 	if !o.tell {
 		return
 	}
-	// The two strings of the event, which an Observer may keep, in one allocation.
-	text := wire.AppendText(f.text[:0], packet[headerSize:headerSize+o.name])
+	// The two strings of the event, which an Observer may keep: what is written here stays as it is.
+	if cap(f.page) < len(f.text) {
+		f.page = make([]byte, 0, textPage)
+	}
+	text := wire.AppendText(f.page, packet[headerSize:headerSize+o.name])
 	name := len(text)
-	both := string(s.appendID(text))
+	text = s.appendID(text)
+	both := unsafe.String(unsafe.SliceData(text), len(text))
+	f.page = text[len(text):]
 	ev := &f.ev // whose other fields never change
 	ev.Listener = o.door.String()
 	ev.Time, ev.ID, ev.Source, ev.Name, ev.Decision = start, both[name:], o.addr, both[:name], o.d
