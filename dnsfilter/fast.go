@@ -16,13 +16,14 @@ import (
 // refused, and those whose answer is in the cache. Whatever needs more thought is left
 // to Server.serve, whose answers have the same bytes. It is for one goroutine.
 type fast struct {
-	s    *Server
-	wire WireDecider // Config.Decider, or nil
-	q    wire.Query
-	text [256 + 16]byte // a name as events have it, and an ID
-	key  [keySize + 17]byte
-	ev   event.Event
-	page []byte // room for the text of the next events, nothing of it used
+	s     *Server
+	wire  WireDecider // Config.Decider, or nil
+	q     wire.Query
+	text  [256 + 16]byte // a name as events have it, and an ID
+	key   [keySize + 17]byte
+	ev    event.Event
+	page  []byte   // room for the text of the next events, nothing of it used
+	texts []string // what answers returned
 
 	plain  bool // the last query is, and stands in q
 	missed bool // of the last query: it was left because nothing is known of it
@@ -270,26 +271,47 @@ func (f *fast) observe(o *outcome, packet []byte, start, end time.Time, err erro
 		return
 	}
 	// The two strings of the event, which an Observer may keep: what is written here stays as it is.
-	if cap(f.page) < len(f.text) {
-		f.page = make([]byte, 0, textPage)
-	}
-	text := wire.AppendText(f.page, packet[headerSize:headerSize+o.name])
+	text := wire.AppendText(f.room(), packet[headerSize:headerSize+o.name])
 	name := len(text)
-	text = s.appendID(text)
-	both := unsafe.String(unsafe.SliceData(text), len(text))
-	f.page = text[len(text):]
+	both := f.keep(s.appendID(text))
 	ev := &f.ev // whose other fields never change
 	ev.Listener = o.door.String()
 	ev.Time, ev.ID, ev.Source, ev.Name, ev.Decision = start, both[name:], o.addr, both[:name], o.d
 	ev.QType, ev.RCode, ev.Answers, ev.Error = typeName(o.qtype), rcodeNames[o.rcode&0xF], nil, ""
 	ev.DNSTime, ev.Duration = o.asked, end.Sub(start)
 	if o.packed != nil {
-		ev.Answers = o.packed.answers
+		ev.Answers = f.answers(o.packed)
 	}
 	if err != nil {
 		ev.Error = err.Error()
 	}
 	s.cfg.Observer.Observe(ev)
+}
+
+// room returns room for some text of an event, for keep.
+func (f *fast) room() []byte {
+	if cap(f.page) < len(f.text) {
+		f.page = make([]byte, 0, textPage)
+	}
+	return f.page
+}
+
+// keep returns the text that has been appended to what room returned.
+func (f *fast) keep(text []byte) string {
+	f.page = text[len(text):]
+	return unsafe.String(unsafe.SliceData(text), len(text))
+}
+
+// answers returns what an Event says of p, until the next call.
+func (f *fast) answers(p *packed) []string {
+	if !p.alone {
+		return p.answers
+	}
+	f.texts = f.texts[:0]
+	for _, a := range p.addrs[:min(len(p.addrs), maxAnswers)] {
+		f.texts = append(f.texts, f.keep(a.AppendTo(f.room())))
+	}
+	return f.texts
 }
 
 // rcodeNames are the response codes of the header.

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"math/rand/v2"
+	"net/netip"
 	"syscall"
 	"time"
 
@@ -139,6 +140,11 @@ func plainEntry(k key, msg []byte, end int, vouched bool, now time.Time, bounds 
 	if answers == 0 || !droppable(msg, at, others, int(be.Uint16(msg[10:]))) {
 		return nil, false
 	}
+	one := new(struct { // as one allocation
+		entry
+		packed
+	})
+	e, ready := &one.entry, one.packed.init()
 	kept := make([]byte, at)
 	copy(kept, msg)
 	kept[0], kept[1], kept[2], kept[3] = 0, 0, 0x81, 0
@@ -156,8 +162,16 @@ func plainEntry(k key, msg []byte, end int, vouched bool, now time.Time, bounds 
 		ttl = min(max(ttl, seconds(bounds.MinTTL)), seconds(bounds.MaxTTL))
 		shortest = min(shortest, ttl)
 		be.PutUint32(kept[i+6:], ttl)
+		ready.ttls = append(ready.ttls, uint16(i+6))
+		a, _ := netip.AddrFromSlice(kept[i+12 : i+12+size])
+		ready.addrs = append(ready.addrs, a.Unmap())
 	}
-	return &entry{wire: kept, stored: now, expires: now.Add(time.Duration(shortest) * time.Second)}, true
+	e.wire, e.stored, e.expires = kept, now, now.Add(time.Duration(shortest)*time.Second)
+	ready.message, ready.ad, ready.alone = kept, kept[3]&authentic != 0, true // as packPlain does
+	if answers <= maxPackedAddrs {
+		e.packed.Store(ready)
+	}
+	return e, true
 }
 
 // addressSize returns how many bytes an address has that a record of a type holds; 0
