@@ -16,8 +16,11 @@ import (
 // refused, and those whose answer is in the cache. Whatever needs more thought is left
 // to Server.serve, whose answers have the same bytes. It is for one goroutine.
 type fast struct {
-	s     *Server
-	wire  WireDecider // Config.Decider, or nil
+	s    *Server
+	wire WireDecider // Config.Decider, or nil
+	laws interface { // the same, or nil
+		Policy() *policy.Policy
+	}
 	q     wire.Query
 	text  [256 + 16]byte // a name as events have it, and an ID
 	key   [keySize + 17]byte
@@ -25,8 +28,9 @@ type fast struct {
 	page  []byte   // room for the text of the next events, nothing of it used
 	texts []string // what answers returned
 
-	plain  bool // the last query is, and stands in q
-	missed bool // of the last query: it was left because nothing is known of it
+	plain  bool        // the last query is, and stands in q
+	missed bool        // of the last query: it was left because nothing is known of it
+	name   policy.Name // asked for then
 }
 
 // textPage is how many bytes of text, of events that come one after the other, are allocated
@@ -36,6 +40,7 @@ const textPage = 1 << 10
 func newFast(s *Server) *fast {
 	f := &fast{s: s}
 	f.wire, _ = s.cfg.Decider.(WireDecider)
+	f.laws, _ = s.cfg.Decider.(interface{ Policy() *policy.Policy })
 	f.ev.Kind = event.DNS
 	return f
 }
@@ -84,7 +89,8 @@ func (f *fast) answer(dst, packet []byte, c client, now time.Time, o *outcome) (
 		if !f.missed {
 			return dst, false
 		}
-		if s.tunnels == nil || !s.tunnels.refuses(q.Name.Name(), &o.d, c.addr.Addr(), f.proven(c, now), now) {
+		f.name = q.Name.Name()
+		if s.tunnels == nil || !s.tunnels.refuses(f.name, &o.d, c.addr.Addr(), f.proven(c, now), now) {
 			return f.holdMissed(dst, packet, c, now, o)
 		}
 		o.d = o.d.Refuse(policy.ReasonLimitExceeded)
@@ -108,6 +114,14 @@ func (f *fast) decide(req policy.Request) policy.Decision {
 	}
 	req.Name = f.q.Name.Name()
 	return f.s.cfg.Decider.Decide(req)
+}
+
+// inForce returns the policy that decides, nil if that is not known.
+func (f *fast) inForce() *policy.Policy {
+	if f.laws == nil {
+		return nil
+	}
+	return f.laws.Policy()
 }
 
 // sampleKey returns what the sampler knows the query by, with room behind it.
