@@ -74,6 +74,7 @@ type entry struct {
 	packed  atomic.Pointer[packed] // made when the entry is first asked for again
 
 	stored time.Time
+	retry  time.Time   // a stale entry is not refreshed before; as place
 	next   policy.Name // as in reply
 	ede    uint16      // as in reply
 	err    error       // the upstreams failed

@@ -11,7 +11,7 @@ import (
 
 const (
 	cacheShards   = 16
-	minBuckets    = 64               // of a shard
+	minTable      = 64               // of a shard: room for entries to begin with
 	entryOverhead = 400              // bytes an entry takes beside its message
 	staleRetry    = 30 * time.Second // between attempts to refresh what is stale (RFC 8767, section 4)
 	keySize       = 255 + 3          // bytes of a key on the wire, at most
@@ -29,29 +29,34 @@ type cache struct {
 
 type shard struct {
 	mu      sync.Mutex // guards what follows
-	buckets []*entry   // chains of those whose hashes end alike; a power of two
-	entries int
-	ring    entry // after the entry that came last, and before the one to look at next
+	table   []hashed   // open addressing, linear probing; a power of two
+	entries int        // in it: three of four at most
+	ring    entry      // after the entry that came last, and before the one to look at next
 	bytes   int64
 	limit   int64
 }
 
+// hashed is an entry with the hash of its key, which tells nearly all others apart
+// without a look at them. The zero value is none.
+type hashed struct {
+	hash  uint64
+	entry *entry
+}
+
 // A place is where an entry is in the cache. The lock of its shard guards it.
 type place struct {
-	chain        *entry    // the next one in the bucket
-	hash         uint64    // of its key
-	newer, older *entry    // those linked just after, and just before
-	cost         int64     // bytes
-	retry        time.Time // a stale entry is not refreshed before
-	used         bool      // since it was linked
-	bits         byte      // the last byte of its key
+	hash         uint64 // of its key
+	newer, older *entry // those linked just after, and just before
+	cost         int64  // bytes
+	used         bool   // since it was linked
+	bits         byte   // the last byte of its key
 }
 
 func newCache(c Cache) *cache {
 	cc := &cache{seed: maphash.MakeSeed(), stale: c.ServeStale}
 	for i := range cc.shards {
 		s := &cc.shards[i]
-		s.buckets, s.limit = make([]*entry, minBuckets), c.Size/cacheShards
+		s.table, s.limit = make([]hashed, minTable), c.Size/cacheShards
 		s.ring.newer, s.ring.older = &s.ring, &s.ring
 	}
 	return cc
@@ -63,17 +68,17 @@ func (c *cache) shard(k []byte) (*shard, uint64) {
 	return &c.shards[h%cacheShards], h
 }
 
-// bucket returns the one of a hash.
-func (s *shard) bucket(h uint64) **entry { return &s.buckets[h>>32&uint64(len(s.buckets)-1)] }
+// home returns where in the table a hash belongs. What finds that taken is as near behind
+// it as can be. The caller holds mu, as for those below.
+func (s *shard) home(h uint64) int { return int(h>>32) & (len(s.table) - 1) }
 
-// lookup returns the entry of k, nil if there is none. The caller holds mu, as for those below.
+// lookup returns the entry of k, nil if there is none.
 func (s *shard) lookup(k []byte, h uint64) *entry {
-	for e := *s.bucket(h); e != nil; e = e.chain {
-		if e.hash == h && e.is(k) {
+	for i := s.home(h); ; i = (i + 1) & (len(s.table) - 1) {
+		if e := s.table[i].entry; e == nil || s.table[i].hash == h && e.is(k) {
 			return e
 		}
 	}
-	return nil
 }
 
 // is reports whether e is what is known of k. An entry has the name and the type of its key
@@ -168,23 +173,24 @@ func (c *cache) shrink(s *shard) {
 
 // insert adds e.
 func (s *shard) insert(e *entry) {
-	if s.entries == len(s.buckets) {
-		s.spread()
+	if s.entries++; 4*s.entries > 3*len(s.table) {
+		s.table = make([]hashed, 2*len(s.table))
+		for other := s.ring.newer; other != &s.ring; other = other.newer {
+			s.enter(other)
+		}
 	}
-	b := s.bucket(e.hash)
-	e.chain, *b = *b, e
+	s.enter(e)
 	s.link(e)
-	s.entries++
 	s.bytes += e.cost
 }
 
-// spread doubles the buckets.
-func (s *shard) spread() {
-	s.buckets = make([]*entry, 2*len(s.buckets))
-	for e := s.ring.newer; e != &s.ring; e = e.newer {
-		b := s.bucket(e.hash)
-		e.chain, *b = *b, e
+// enter writes e into the table, which has room.
+func (s *shard) enter(e *entry) {
+	i := s.home(e.hash)
+	for s.table[i].entry != nil {
+		i = (i + 1) & (len(s.table) - 1)
 	}
+	s.table[i] = hashed{e.hash, e}
 }
 
 // link makes e the last to be looked at.
@@ -198,16 +204,23 @@ func (e *entry) unlink() {
 	e.newer, e.older = nil, nil
 }
 
-// remove forgets e.
+// remove forgets e. What is behind it in the table moves up, unless that were before its home.
 func (s *shard) remove(e *entry) {
 	e.unlink()
-	b := s.bucket(e.hash)
-	for *b != e {
-		b = &(*b).chain
-	}
-	*b, e.chain = e.chain, nil
 	s.entries--
 	s.bytes -= e.cost
+	last := len(s.table) - 1
+	gap := s.home(e.hash)
+	for s.table[gap].entry != e {
+		gap = (gap + 1) & last
+	}
+	for i := (gap + 1) & last; s.table[i].entry != nil; i = (i + 1) & last {
+		if (i-s.home(s.table[i].hash))&last >= (i-gap)&last {
+			s.table[gap] = s.table[i]
+			gap = i
+		}
+	}
+	s.table[gap] = hashed{}
 }
 
 // cost is what an entry counts for, in bytes.
