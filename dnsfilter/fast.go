@@ -28,9 +28,13 @@ type fast struct {
 	page  []byte   // room for the text of the next events, nothing of it used
 	texts []string // what answers returned
 
-	plain  bool        // the last query is, and stands in q
-	missed bool        // of the last query: it was left because nothing is known of it
-	name   policy.Name // asked for then
+	plain  bool // the last query is, and stands in q
+	missed bool // of the last query: it was left because nothing is known of it
+
+	// The policy in force just before the name was decided, nil if that is not known. Who keeps a
+	// fast for long forgets it: a policy that is replaced must become garbage.
+	by   *policy.Policy
+	name policy.Name // asked for then
 }
 
 // textPage is how many bytes of text, of events that come one after the other, are allocated
@@ -79,6 +83,7 @@ func (f *fast) answer(dst, packet []byte, c client, now time.Time, o *outcome) (
 		return dst, false
 	}
 	o.addr, o.door, o.qtype, o.packed, o.asked, o.name, o.held = c.addr, c.door, q.Type, nil, 0, len(q.Name.Bytes()), nil
+	f.by = f.inForce()
 	o.d = f.decide(req)
 	start := len(dst)
 	var ok bool
@@ -247,9 +252,13 @@ func (f *fast) known(dst []byte, e *entry, p *packed, req policy.Request, c clie
 	return dst, true
 }
 
-// allPass reports whether every address in p passes for req's source.
+// allPass reports whether every address in p passes for req's source, for which the name does.
 func (f *fast) allPass(req policy.Request, p *packed) bool {
+	same := f.by != nil && f.by == f.inForce() // then it is what has decided on the name
 	for _, a := range p.addrs {
+		if same && f.by.Indifferent(a) {
+			continue
+		}
 		req.Destination = a
 		if r := f.s.resolver; r.privateZones {
 			req.PrivateZone = r.PrivateZone(f.q.Name.Name(), a)

@@ -52,7 +52,7 @@ func (f *fast) again(c client, packet []byte, start time.Time, r *ruling) (askin
 		return asking{}, false
 	}
 	req := policy.Request{Source: c.addr.Addr(), Protocol: policy.ProtocolDNS, QType: q.Type, Time: start}
-	if r != nil && r.by != nil && r.by == f.inForce() {
+	if f.by = f.inForce(); r != nil && r.by != nil && r.by == f.by {
 		return asking{c, packet, start, req, r.d}, true
 	}
 	d := f.decide(req)

@@ -166,7 +166,6 @@ type udpReader struct {
 	long        [readSize]byte                    // a long query as a whole
 	written     [batch * maxEDNSSize]byte         // answers, one after the other
 	sent, ready int
-	by          *policy.Policy // in force when the batch came
 	up          forwarder
 }
 
@@ -253,7 +252,7 @@ func (r *udpReader) fail(errno syscall.Errno) {
 func (r *udpReader) answer(fd uintptr, n int) {
 	now := r.s.cfg.Now()
 	r.s.resolver.refreshHosts()
-	r.ready, r.by = 0, r.fast.inForce()
+	r.ready = 0
 	used := 0 // of written; no answer is longer than maxEDNSSize
 	for i := range n {
 		m := &r.msgs[i]
@@ -280,6 +279,7 @@ func (r *udpReader) answer(fd uintptr, n int) {
 		used += len(p)
 	}
 	r.up.flush()
+	r.fast.by = nil
 	for r.sent = 0; r.sent < r.ready; {
 		first := r.sent
 		err := r.send(fd)
@@ -374,7 +374,7 @@ func (r *udpReader) miss(m *message, packet []byte, now time.Time, d *policy.Dec
 	q.s, q.next, q.entry, q.start = s, nil, nil, now
 	q.u, q.m, q.size, q.missed = r.u, *m, copy(q.packet[:], packet), r.fast.missed
 	if q.proven = proven; q.missed {
-		q.ruling = ruling{r.by, *d}
+		q.ruling = ruling{r.fast.by, *d}
 	}
 	s.slow.Add(1)
 	if q.missed && s.cfg.Cache.Size > 0 && r.up.forward(q, key{r.fast.name, r.fast.q.Type, r.fast.q.DO, r.fast.q.CD}) {
