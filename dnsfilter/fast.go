@@ -28,13 +28,13 @@ type fast struct {
 	page  []byte   // room for the text of the next events, nothing of it used
 	texts []string // what answers returned
 
-	plain  bool // the last query is, and stands in q
-	missed bool // of the last query: it was left because nothing is known of it
+	plain  bool        // the last query is, and stands in q
+	missed bool        // of the last query: it was left because nothing is known of it
+	name   policy.Name // asked for then
 
 	// The policy in force just before the name was decided, nil if that is not known. Who keeps a
 	// fast for long forgets it: a policy that is replaced must become garbage.
-	by   *policy.Policy
-	name policy.Name // asked for then
+	by *policy.Policy
 }
 
 // textPage is how many bytes of text, of events that come one after the other, are allocated
