@@ -65,17 +65,19 @@ func (rep *reply) extend(more *reply) {
 	}
 }
 
-// An entry is what upstreams said about a key. It never changes, but for packed and what
-// used notes.
+// An entry is what upstreams said about a key. It never changes, but for packed, what
+// used notes, and its place.
 type entry struct {
-	wire    []byte // as a message, with TTLs within the cache's bounds
-	stored  time.Time
+	place
+	wire    []byte // as a message that asks for the key, with TTLs within the cache's bounds
 	expires time.Time
-	next    policy.Name // as in reply
-	ede     uint16      // as in reply
-	err     error       // the upstreams failed
+	packed  atomic.Pointer[packed] // made when the entry is first asked for again
 
-	packed atomic.Pointer[packed] // made when the entry is first asked for again
+	stored time.Time
+	retry  time.Time   // a stale entry is not refreshed before; as place
+	next   policy.Name // as in reply
+	ede    uint16      // as in reply
+	err    error       // the upstreams failed
 
 	hits       atomic.Uint32 // up to prefetchHits
 	refreshing atomic.Bool   // it is being asked for again

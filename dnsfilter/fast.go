@@ -3,6 +3,7 @@ package dnsfilter
 import (
 	"net/netip"
 	"time"
+	"unsafe"
 
 	"github.com/miekg/dns"
 
@@ -17,18 +18,33 @@ import (
 type fast struct {
 	s    *Server
 	wire WireDecider // Config.Decider, or nil
-	q    wire.Query
-	text [256 + 16]byte // a name as events have it, and an ID
-	key  [keySize + 17]byte
-	ev   event.Event
+	laws interface { // the same, or nil
+		Policy() *policy.Policy
+	}
+	q     wire.Query
+	text  [256 + 16]byte // a name as events have it, and an ID
+	key   [keySize + 17]byte
+	ev    event.Event
+	page  []byte   // room for the text of the next events, nothing of it used
+	texts []string // what answers returned
 
-	plain  bool // the last query is, and stands in q
-	missed bool // of the last query: it was left because nothing is known of it
+	plain  bool        // the last query is, and stands in q
+	missed bool        // of the last query: it was left because nothing is known of it
+	name   policy.Name // asked for then
+
+	// The policy in force just before the name was decided, nil if that is not known. Who keeps a
+	// fast for long forgets it: a policy that is replaced must become garbage.
+	by *policy.Policy
 }
+
+// textPage is how many bytes of text, of events that come one after the other, are allocated
+// together. Whoever keeps one of them keeps all.
+const textPage = 1 << 10
 
 func newFast(s *Server) *fast {
 	f := &fast{s: s}
 	f.wire, _ = s.cfg.Decider.(WireDecider)
+	f.laws, _ = s.cfg.Decider.(interface{ Policy() *policy.Policy })
 	f.ev.Kind = event.DNS
 	return f
 }
@@ -67,6 +83,7 @@ func (f *fast) answer(dst, packet []byte, c client, now time.Time, o *outcome) (
 		return dst, false
 	}
 	o.addr, o.door, o.qtype, o.packed, o.asked, o.name, o.held = c.addr, c.door, q.Type, nil, 0, len(q.Name.Bytes()), nil
+	f.by = f.inForce()
 	o.d = f.decide(req)
 	start := len(dst)
 	var ok bool
@@ -77,7 +94,8 @@ func (f *fast) answer(dst, packet []byte, c client, now time.Time, o *outcome) (
 		if !f.missed {
 			return dst, false
 		}
-		if s.tunnels == nil || !s.tunnels.refuses(q.Name.Name(), &o.d, c.addr.Addr(), f.proven(c, now), now) {
+		f.name = q.Name.Name()
+		if s.tunnels == nil || !s.tunnels.refuses(f.name, &o.d, c.addr.Addr(), f.proven(c, now), now) {
 			return f.holdMissed(dst, packet, c, now, o)
 		}
 		o.d = o.d.Refuse(policy.ReasonLimitExceeded)
@@ -101,6 +119,14 @@ func (f *fast) decide(req policy.Request) policy.Decision {
 	}
 	req.Name = f.q.Name.Name()
 	return f.s.cfg.Decider.Decide(req)
+}
+
+// inForce returns the policy that decides, nil if that is not known.
+func (f *fast) inForce() *policy.Policy {
+	if f.laws == nil {
+		return nil
+	}
+	return f.laws.Policy()
 }
 
 // sampleKey returns what the sampler knows the query by, with room behind it.
@@ -226,9 +252,13 @@ func (f *fast) known(dst []byte, e *entry, p *packed, req policy.Request, c clie
 	return dst, true
 }
 
-// allPass reports whether every address in p passes for req's source.
+// allPass reports whether every address in p passes for req's source, for which the name does.
 func (f *fast) allPass(req policy.Request, p *packed) bool {
+	same := f.by != nil && f.by == f.inForce() // then it is what has decided on the name
 	for _, a := range p.addrs {
+		if same && f.by.Indifferent(a) {
+			continue
+		}
 		req.Destination = a
 		if r := f.s.resolver; r.privateZones {
 			req.PrivateZone = r.PrivateZone(f.q.Name.Name(), a)
@@ -263,22 +293,48 @@ func (f *fast) observe(o *outcome, packet []byte, start, end time.Time, err erro
 	if !o.tell {
 		return
 	}
-	// The two strings of the event, which an Observer may keep, in one allocation.
-	text := wire.AppendText(f.text[:0], packet[headerSize:headerSize+o.name])
+	// The two strings of the event, which an Observer may keep: what is written here stays as it is.
+	text := wire.AppendText(f.room(), packet[headerSize:headerSize+o.name])
 	name := len(text)
-	both := string(s.appendID(text))
+	both := f.keep(s.appendID(text))
 	ev := &f.ev // whose other fields never change
 	ev.Listener = o.door.String()
 	ev.Time, ev.ID, ev.Source, ev.Name, ev.Decision = start, both[name:], o.addr, both[:name], o.d
 	ev.QType, ev.RCode, ev.Answers, ev.Error = typeName(o.qtype), rcodeNames[o.rcode&0xF], nil, ""
 	ev.DNSTime, ev.Duration = o.asked, end.Sub(start)
 	if o.packed != nil {
-		ev.Answers = o.packed.answers
+		ev.Answers = f.answers(o.packed)
 	}
 	if err != nil {
 		ev.Error = err.Error()
 	}
 	s.cfg.Observer.Observe(ev)
+}
+
+// room returns room for some text of an event, for keep.
+func (f *fast) room() []byte {
+	if cap(f.page) < len(f.text) {
+		f.page = make([]byte, 0, textPage)
+	}
+	return f.page
+}
+
+// keep returns the text that has been appended to what room returned.
+func (f *fast) keep(text []byte) string {
+	f.page = text[len(text):]
+	return unsafe.String(unsafe.SliceData(text), len(text))
+}
+
+// answers returns what an Event says of p, until the next call.
+func (f *fast) answers(p *packed) []string {
+	if !p.alone {
+		return p.answers
+	}
+	f.texts = f.texts[:0]
+	for _, a := range p.addrs[:min(len(p.addrs), maxAnswers)] {
+		f.texts = append(f.texts, f.keep(a.AppendTo(f.room())))
+	}
+	return f.texts
 }
 
 // rcodeNames are the response codes of the header.

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"math/rand/v2"
+	"net/netip"
 	"syscall"
 	"time"
 
@@ -48,7 +49,7 @@ func newFlightWaiter(f *flight, p *pool, u *upstream, exact bool, random *rand.C
 	const recursion, authentic, checking = 1 << 8, 1 << 5, 1 << 4
 	w := waiterPool.Get().(*waiter)
 	w.flight, w.pool, w.up, w.exact = f, p, u, exact
-	w.asked = time.Now()
+	w.asked = f.begun
 	w.due = w.asked.Add(min(p.timing.try, p.timing.total))
 	be, bits, flags := binary.BigEndian, uint16(recursion|authentic), uint32(0)
 	if f.k.cd {
@@ -84,9 +85,10 @@ func (w *waiter) failed(err error) {
 	f.r.ground(f, &attempt{u: u, err: err})
 }
 
-// answered ends w, which nobody waits for, with the packet p that answers it. It
-// returns the clients to answer, and with what; nil if the flight goes on.
-func (w *waiter) answered(p []byte) (*udpQuery, *entry) {
+// answered ends w, which nobody waits for, with the packet p that answers it and came at the
+// time came; now is that of Config.Now. It returns the clients to answer, and with what; nil if
+// the flight goes on.
+func (w *waiter) answered(p []byte, came, now time.Time) (*udpQuery, *entry) {
 	defer w.free()
 	f, u := w.flight, w.up
 	r := f.r
@@ -94,7 +96,6 @@ func (w *waiter) answered(p []byte) (*udpQuery, *entry) {
 		r.ground(f, &attempt{u: u, truncated: true})
 		return nil, nil
 	}
-	now := r.cfg.Now()
 	e, ok := plainEntry(f.k, p, w.name+4, w.pool.zone == "", now, r.cfg.Cache)
 	if !ok {
 		m, err := w.unpack(p)
@@ -103,7 +104,7 @@ func (w *waiter) answered(p []byte) (*udpQuery, *entry) {
 			return nil, nil
 		}
 		if err != nil || !conclusive(m.Rcode) {
-			w.pool.judge(r.life, u, err, time.Since(w.asked))
+			w.pool.judge(r.life, u, err, came.Sub(w.asked))
 			r.ground(f, &attempt{u: u, m: m, err: err})
 			return nil, nil
 		}
@@ -112,7 +113,7 @@ func (w *waiter) answered(p []byte) (*udpQuery, *entry) {
 		}
 		e = newEntry(f.k, m, now, r.cfg.Cache)
 	}
-	w.pool.judge(r.life, u, nil, time.Since(w.asked))
+	w.pool.answered(u, now, came.Sub(w.asked))
 	r.cache.put(f.k, e, now) // before the flight ends, as in fly
 	return r.land(f, e), e
 }
@@ -139,6 +140,11 @@ func plainEntry(k key, msg []byte, end int, vouched bool, now time.Time, bounds 
 	if answers == 0 || !droppable(msg, at, others, int(be.Uint16(msg[10:]))) {
 		return nil, false
 	}
+	one := new(struct { // as one allocation
+		entry
+		packed
+	})
+	e, ready := &one.entry, one.packed.init()
 	kept := make([]byte, at)
 	copy(kept, msg)
 	kept[0], kept[1], kept[2], kept[3] = 0, 0, 0x81, 0
@@ -156,8 +162,16 @@ func plainEntry(k key, msg []byte, end int, vouched bool, now time.Time, bounds 
 		ttl = min(max(ttl, seconds(bounds.MinTTL)), seconds(bounds.MaxTTL))
 		shortest = min(shortest, ttl)
 		be.PutUint32(kept[i+6:], ttl)
+		ready.ttls = append(ready.ttls, uint16(i+6))
+		a, _ := netip.AddrFromSlice(kept[i+12 : i+12+size])
+		ready.addrs = append(ready.addrs, a.Unmap())
 	}
-	return &entry{wire: kept, stored: now, expires: now.Add(time.Duration(shortest) * time.Second)}, true
+	e.wire, e.stored, e.expires = kept, now, now.Add(time.Duration(shortest)*time.Second)
+	ready.message, ready.ad, ready.alone = kept, kept[3]&authentic != 0, true // as packPlain does
+	if answers <= maxPackedAddrs {
+		e.packed.Store(ready)
+	}
+	return e, true
 }
 
 // addressSize returns how many bytes an address has that a record of a type holds; 0

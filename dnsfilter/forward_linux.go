@@ -17,9 +17,10 @@ import (
 // far as one socket takes them. It is for one goroutine.
 type forwarder struct {
 	random *rand.ChaCha8
-	slot   byte    // the random choice of a socket, for as many questions as one takes
-	uses   int     // of it
-	s      *socket // by which the first n leave
+	now    time.Time // of what will leave together; zero if nothing has come yet
+	slot   byte      // the random choice of a socket, for as many questions as one takes
+	uses   int       // of it
+	s      *socket   // by which the first n leave
 	n      int
 	errno  syscall.Errno
 	write  func(fd uintptr)
@@ -45,7 +46,10 @@ func (f *forwarder) init() {
 // cannot be; otherwise q is not the caller's any more. The question leaves at the latest
 // with flush.
 func (f *forwarder) forward(q *udpQuery, k key) bool {
-	fl, first, ok := q.s.resolver.enlist(q, k)
+	if f.now.IsZero() {
+		f.now = time.Now()
+	}
+	fl, first, ok := q.s.resolver.enlist(q, k, f.now)
 	if first {
 		f.launch(fl)
 	}
@@ -53,8 +57,9 @@ func (f *forwarder) forward(q *udpQuery, k key) bool {
 }
 
 // enlist has q answered when k is, and reports whether that will be; first if k has
-// to be asked for yet, by the flight returned. The caller does not use q afterwards.
-func (r *Resolver) enlist(q *udpQuery, k key) (f *flight, first, ok bool) {
+// to be asked for yet, by the flight returned, which begins now. The caller does not use q
+// afterwards.
+func (r *Resolver) enlist(q *udpQuery, k key, now time.Time) (f *flight, first, ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.closed || q.s.life.Err() != nil {
@@ -67,7 +72,7 @@ func (r *Resolver) enlist(q *udpQuery, k key) (f *flight, first, ok bool) {
 	case len(r.flights) >= maxFlights:
 		return nil, false, false
 	default:
-		f, first = r.newFlight(k), true
+		f, first = r.newFlight(k, now), true
 	}
 	q.next, f.clients = f.clients, q
 	return f, first, true
@@ -118,6 +123,7 @@ func (f *forwarder) launch(fl *flight) {
 
 // flush sends what has not left yet.
 func (f *forwarder) flush() {
+	f.now = time.Time{}
 	if f.n == 0 {
 		return
 	}
@@ -232,6 +238,7 @@ func (s *socket) receive(fd uintptr) bool {
 // take hands out the first n packets of b, and reports whether one answered a query.
 func (s *socket) take(b *inbox, n int) (any bool) {
 	var box *outbox
+	var came, now time.Time
 	for i := range n {
 		p := b.packet(i)
 		w := s.waiting.take(p)
@@ -243,7 +250,11 @@ func (s *socket) take(b *inbox, n int) (any bool) {
 			w.answer <- answer{packet: append([]byte(nil), p...)}
 			continue
 		}
-		box = box.answer(w.answered(p))
+		if came.IsZero() {
+			came, now = time.Now(), w.flight.r.cfg.Now()
+		}
+		q, e := w.answered(p, came, now)
+		box = box.answer(q, e, now)
 	}
 	box.close()
 	return any
@@ -279,13 +290,15 @@ func (s *Server) newOutbox() any {
 
 // deliver answers the queries from q on with e.
 func deliver(q *udpQuery, e *entry) {
-	var b *outbox
-	b.answer(q, e).close()
+	if q != nil {
+		var b *outbox
+		b.answer(q, e, q.s.cfg.Now()).close()
+	}
 }
 
 // answer answers the queries from q on with e, and returns the outbox that holds the
 // last of them. An outbox is taken, nil being none, when there is something to answer.
-func (b *outbox) answer(q *udpQuery, e *entry) *outbox {
+func (b *outbox) answer(q *udpQuery, e *entry, now time.Time) *outbox {
 	for q != nil {
 		next := q.next
 		if b != nil && b.s != q.s {
@@ -295,24 +308,24 @@ func (b *outbox) answer(q *udpQuery, e *entry) *outbox {
 		if b == nil {
 			b = q.s.outboxes.Get().(*outbox)
 		}
-		b.add(q, e)
+		b.add(q, e, now)
 		q = next
 	}
 	return b
 }
 
 // add answers q with e, or has a goroutine do it if that takes more thought.
-func (b *outbox) add(q *udpQuery, e *entry) {
+func (b *outbox) add(q *udpQuery, e *entry, now time.Time) {
 	if b.n == batch || b.u != q.u {
 		b.flush()
 		b.u = q.u
 	}
 	s, k := b.s, b.n
-	a, ok := b.fast.again(client{addr: q.m.addr(), udp: true}, q.packet[:q.size], q.start)
+	a, ok := b.fast.again(client{addr: q.m.addr(), udp: true}, q.packet[:q.size], q.start, &q.ruling)
 	var p []byte
 	if ok = ok && e.next.IsZero(); ok {
 		// No answer is longer than maxEDNSSize.
-		p, ok = b.fast.fresh(b.written[b.used:b.used:b.used+maxEDNSSize], &a, e, s.cfg.Now(), &b.outcomes[k])
+		p, ok = b.fast.fresh(b.written[b.used:b.used:b.used+maxEDNSSize], &a, e, now, &b.outcomes[k])
 	}
 	if !ok {
 		q.entry = e

@@ -37,14 +37,24 @@ type asking struct {
 	d      policy.Decision
 }
 
+// A ruling is a decision with the policy that took it, nil if that is not known.
+type ruling struct {
+	by *policy.Policy
+	d  policy.Decision
+}
+
 // again parses and decides a plain query from c that came at start. It returns false
-// if it is for serve after all.
-func (f *fast) again(c client, packet []byte, start time.Time) (asking, bool) {
+// if it is for serve after all. A ruling on the query, if there is one, stands as long as its policy
+// is in force.
+func (f *fast) again(c client, packet []byte, start time.Time, r *ruling) (asking, bool) {
 	q := &f.q
 	if !q.Parse(packet) {
 		return asking{}, false
 	}
 	req := policy.Request{Source: c.addr.Addr(), Protocol: policy.ProtocolDNS, QType: q.Type, Time: start}
+	if f.by = f.inForce(); r != nil && r.by != nil && r.by == f.by {
+		return asking{c, packet, start, req, r.d}, true
+	}
 	d := f.decide(req)
 	return asking{c, packet, start, req, d}, d.Passes() // or not, by a policy that has come since
 }
@@ -70,7 +80,7 @@ func (f *fast) fresh(dst []byte, a *asking, e *entry, now time.Time, o *outcome)
 func (s *Server) fetch(ctx context.Context, c client, packet []byte) bool {
 	f := s.idle.Get().(*slowFast)
 	defer s.idle.Put(f)
-	a, ok := f.again(c, packet, s.cfg.Now())
+	a, ok := f.again(c, packet, s.cfg.Now(), nil)
 	if !ok {
 		return false
 	}
@@ -82,7 +92,7 @@ func (s *Server) fetch(ctx context.Context, c client, packet []byte) bool {
 func (s *Server) settleLater(c client, packet []byte, start time.Time, e *entry) bool {
 	f := s.idle.Get().(*slowFast)
 	defer s.idle.Put(f)
-	a, ok := f.again(c, packet, start)
+	a, ok := f.again(c, packet, start, nil)
 	return ok && s.settle(f, a, e)
 }
 

@@ -27,13 +27,15 @@ type packed struct {
 	leads   bool         // to other names, which inspect decides
 	ad      bool         // as in reply
 	answers []string     // as in an Event
+	alone   bool         // addrs are the answers, which stands for answers
 
 	ttl  [4]uint16 // room for the first few, close by
 	addr [2]netip.Addr
 }
 
-func newPacked() *packed {
-	p := new(packed)
+func newPacked() *packed { return new(packed).init() }
+
+func (p *packed) init() *packed {
 	p.ttls, p.addrs = p.ttl[:0], p.addr[:0]
 	return p
 }

@@ -96,9 +96,9 @@ type flight struct {
 	r       *Resolver
 	k       key
 	begun   time.Time
-	done    chan struct{}
-	entry   *entry    // set before done is closed
-	clients *udpQuery // that no goroutine waits for; guarded by Resolver.mu
+	done    chan struct{} // nil as long as nobody waits for it; guarded by Resolver.mu
+	entry   *entry        // set before done is closed
+	clients *udpQuery     // that no goroutine waits for; guarded by Resolver.mu
 }
 
 // New returns a Resolver for c, or every mistake in c, each with its path in the
@@ -458,30 +458,34 @@ func (r *Resolver) fetch(ctx context.Context, k key, stale *entry) (*entry, erro
 func (r *Resolver) join(k key) (*flight, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if f := r.flights[k]; f != nil {
+	f := r.flights[k]
+	switch {
+	case f != nil:
 		r.counts.coalesced.Add(1)
-		return f, nil
-	}
-	if r.closed {
+	case r.closed:
 		return nil, errClosed
-	}
-	if len(r.flights) == maxFlights {
+	case len(r.flights) == maxFlights:
 		return nil, errBusy
+	default:
+		f = r.launch(k)
 	}
-	return r.launch(k), nil
+	if f.done == nil {
+		f.done = make(chan struct{})
+	}
+	return f, nil
 }
 
 // launch starts a flight for k. The caller holds mu, and has seen that there is room.
 func (r *Resolver) launch(k key) *flight {
-	f := r.newFlight(k)
-	begun := f.begun
+	begun := time.Now()
+	f := r.newFlight(k, begun)
 	r.flying.Go(func() { r.fly(f, begun, nil) })
 	return f
 }
 
 // newFlight returns a flight for k that others can join. The caller holds mu.
-func (r *Resolver) newFlight(k key) *flight {
-	f := &flight{r: r, k: k, begun: time.Now(), done: make(chan struct{})}
+func (r *Resolver) newFlight(k key, begun time.Time) *flight {
+	f := &flight{r: r, k: k, begun: begun}
 	r.flights[k] = f
 	return f
 }
@@ -513,10 +517,12 @@ func (r *Resolver) land(f *flight, e *entry) *udpQuery {
 	f.entry = e
 	r.mu.Lock()
 	delete(r.flights, f.k)
-	clients := f.clients
+	clients, done := f.clients, f.done
 	f.clients = nil
 	r.mu.Unlock()
-	close(f.done)
+	if done != nil {
+		close(done)
+	}
 	return clients
 }
 

@@ -106,7 +106,7 @@ func (d *datagram) place(w *waiter) (*socket, error) {
 	if sl.closed {
 		return nil, net.ErrClosed
 	}
-	if s := sl.socket; s != nil && sl.uses < socketUses && time.Since(s.born) < socketAge && s.add(w) == nil {
+	if s := sl.socket; s != nil && sl.uses < socketUses && w.asked.Sub(s.born) < socketAge && s.add(w) == nil {
 		sl.uses++
 		return s, nil
 	}
@@ -119,7 +119,7 @@ func (d *datagram) place(w *waiter) (*socket, error) {
 		c.Close()
 		return nil, err
 	}
-	s := &socket{UDPConn: c, raw: raw, born: time.Now(), waiting: waiters{ignored: d.ignored, byID: make(map[uint16]*waiter)}}
+	s := &socket{UDPConn: c, raw: raw, born: w.asked, waiting: waiters{ignored: d.ignored}}
 	if err := s.add(w); err != nil {
 		c.Close()
 		return nil, err // not with an empty table
@@ -165,16 +165,16 @@ func (s *socket) expire(now time.Time) bool {
 	var next time.Time
 	ws := &s.waiting
 	ws.mu.Lock()
-	for id, w := range ws.byID {
+	ws.each(func(w *waiter) {
 		switch {
 		case w.flight == nil:
 		case !now.Before(w.due):
-			delete(ws.byID, id)
+			ws.drop(w)
 			over = append(over, w)
 		case next.IsZero() || w.due.Before(next):
 			next = w.due
 		}
-	}
+	})
 	s.timed = !next.IsZero()
 	s.SetReadDeadline(next) // as in add
 	ws.mu.Unlock()

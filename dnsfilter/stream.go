@@ -96,7 +96,7 @@ func (s *stream) pipe(unused bool) (p *pipe, fresh bool, err error) {
 	if s.life == nil {
 		s.life, s.end = context.WithCancel(context.Background())
 	}
-	p = &pipe{dialled: make(chan struct{}), waiting: waiters{ignored: s.ignored, byID: make(map[uint16]*waiter)}}
+	p = &pipe{dialled: make(chan struct{}), waiting: waiters{ignored: s.ignored}}
 	s.pipes = append(s.pipes, p)
 	s.running.Go(func() { s.run(p) })
 	return p, true, nil

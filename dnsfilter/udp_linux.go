@@ -12,6 +12,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"sallyport/policy"
 )
 
 const (
@@ -260,7 +262,7 @@ func (r *udpReader) answer(fd uintptr, n int) {
 		k := r.ready
 		p, ok := r.fast.answer(r.written[used:used:used+maxEDNSSize], packet, client{addr: m.addr(), udp: true}, now, &r.outcomes[k])
 		if !ok {
-			r.miss(m, packet, now)
+			r.miss(m, packet, now, &r.outcomes[k].d)
 			continue
 		}
 		if len(p) == 0 {
@@ -277,6 +279,7 @@ func (r *udpReader) answer(fd uintptr, n int) {
 		used += len(p)
 	}
 	r.up.flush()
+	r.fast.by = nil
 	for r.sent = 0; r.sent < r.ready; {
 		first := r.sent
 		err := r.send(fd)
@@ -348,8 +351,9 @@ type udpQuery struct {
 	u      *udpSocket
 	m      message
 	size   int
-	missed bool // as in fast
-	proven bool // the client is
+	ruling ruling // if it missed
+	missed bool   // as in fast
+	proven bool   // the client is
 	packet [readSize]byte
 }
 
@@ -357,8 +361,8 @@ var udpQueries = sync.Pool{New: func() any { return new(udpQuery) }}
 
 // miss has a copy of packet, which the fast path has left, answered later, or drops it
 // if too many are under way. Every query over UDP that upstreams may be asked for comes
-// through here.
-func (r *udpReader) miss(m *message, packet []byte, now time.Time) {
+// through here. If the fast path knows nothing of it, it has been decided as d says.
+func (r *udpReader) miss(m *message, packet []byte, now time.Time, d *policy.Decision) {
 	s := r.s
 	source := m.addr().Addr()
 	proven := r.fast.proven(client{addr: m.addr(), udp: true}, now)
@@ -369,9 +373,11 @@ func (r *udpReader) miss(m *message, packet []byte, now time.Time) {
 	q := udpQueries.Get().(*udpQuery)
 	q.s, q.next, q.entry, q.start = s, nil, nil, now
 	q.u, q.m, q.size, q.missed = r.u, *m, copy(q.packet[:], packet), r.fast.missed
-	q.proven = proven
+	if q.proven = proven; q.missed {
+		q.ruling = ruling{r.fast.by, *d}
+	}
 	s.slow.Add(1)
-	if q.missed && s.cfg.Cache.Size > 0 && r.up.forward(q, keyOf(&r.fast.q)) {
+	if q.missed && s.cfg.Cache.Size > 0 && r.up.forward(q, key{r.fast.name, r.fast.q.Type, r.fast.q.DO, r.fast.q.CD}) {
 		return
 	}
 	go s.answerUDP(q)
@@ -391,7 +397,7 @@ func (s *Server) answerUDP(q *udpQuery) {
 // done frees q, which has been answered.
 func (q *udpQuery) done() {
 	s, source, proven := q.s, q.m.addr().Addr(), q.proven
-	q.s, q.entry, q.u = nil, nil, nil
+	q.s, q.entry, q.u, q.ruling = nil, nil, nil, ruling{}
 	udpQueries.Put(q)
 	s.leave(source, proven)
 	s.slow.Done()

@@ -55,7 +55,8 @@ func (s *Server) serveUDP(u *udpSocket) error {
 		s.resolver.refreshHosts()
 		var o outcome
 		now := s.cfg.Now()
-		if answer, ok := f.answer(written, buf[:n], client{addr: q.addr, udp: true}, now, &o); ok {
+		answer, ok := f.answer(written, buf[:n], client{addr: q.addr, udp: true}, now, &o)
+		if f.by = nil; ok {
 			if len(answer) == 0 {
 				continue
 			}

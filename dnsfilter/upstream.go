@@ -253,8 +253,8 @@ func (p *pool) warn(ctx context.Context, err error) {
 }
 
 // answered notes that u has answered, and logs it if all had failed.
-func (p *pool) answered(u *upstream, took time.Duration) {
-	u.succeeded(p.now(), took)
+func (p *pool) answered(u *upstream, now time.Time, took time.Duration) {
+	u.succeeded(now, took)
 	if p.down.Load() && p.down.CompareAndSwap(true, false) {
 		p.logger.Info().Str("upstream", u.text).Msg("an upstream answers again")
 	}
@@ -286,11 +286,11 @@ func (p *pool) askStream(ctx context.Context, u *upstream, query *dns.Msg, withi
 func (p *pool) judge(ctx context.Context, u *upstream, err error, took time.Duration) {
 	switch {
 	case err == nil:
-		p.answered(u, took)
+		p.answered(u, p.now(), took)
 	case errors.Is(err, errMalformed): // it is there, and not slow
 		p.counts.failed.Add(1)
 		u.failed.Add(1)
-		p.answered(u, took)
+		p.answered(u, p.now(), took)
 	case isExhausted(err), noRoom(err): // which is nobody's fault but ours
 		p.counts.failed.Add(1)
 	case ctx.Err() == nil: // or the caller's time was over, which says nothing about u

@@ -18,6 +18,7 @@ const (
 	maxQuerySize = 512 // bytes; a question and an OPT record are much shorter
 	padBlock     = 128 // bytes; encrypted queries are padded to multiples (RFC 8467, section 4.1)
 	idAttempts   = 16  // to find an ID that is free
+	idBuckets    = 256 // of the table of IDs
 	truncated    = 0x2 // TC in the third byte of a message
 )
 
@@ -30,7 +31,9 @@ type waiter struct {
 	exact  bool   // the answer must repeat the case of its name (0x20)
 	id     uint16
 	random [2 + 1 + 32]byte // an ID, the choice of a socket, letter case
-	answer chan answer      // has room for the one answer; not used with a flight
+	asked  time.Time
+	chain  *waiter     // the next one in its bucket; guarded by the lock of waiters
+	answer chan answer // has room for the one answer; not used with a flight
 	buf    [maxQuerySize]byte
 
 	// Of a query that nobody waits for: what its answer ends, which no goroutine does
@@ -38,7 +41,6 @@ type waiter struct {
 	flight *flight
 	pool   *pool
 	up     *upstream
-	asked  time.Time
 	due    time.Time
 	copied []byte // a copy of packet, which gets the ID too
 }
@@ -66,7 +68,7 @@ func newWaiter(query *dns.Msg, d dress) (*waiter, error) {
 		w.free()
 		return nil, err
 	}
-	w.packet, w.exact = p, d.exact
+	w.packet, w.exact, w.asked = p, d.exact, time.Now()
 	for w.name = headerSize; p[w.name] != 0; { // PackBuffer made it: one question, not compressed
 		w.name += 1 + int(p[w.name])
 	}
@@ -217,9 +219,48 @@ func (w *waiter) answeredBy(p []byte) bool {
 type waiters struct {
 	ignored *atomic.Uint64 // answers that match no query, or came too late
 
-	mu   sync.Mutex // guards what follows
-	byID map[uint16]*waiter
-	err  error // why there can be no more
+	mu      sync.Mutex         // guards what follows
+	buckets [idBuckets]*waiter // chains of those whose IDs end alike
+	n       int
+	err     error // why there can be no more
+}
+
+// byID returns the query with an ID, nil if there is none. The caller holds mu, as for
+// those below.
+func (ws *waiters) byID(id uint16) *waiter {
+	w := ws.buckets[id%idBuckets]
+	for w != nil && w.id != id {
+		w = w.chain
+	}
+	return w
+}
+
+// insert adds w, which has an ID that is free.
+func (ws *waiters) insert(w *waiter) {
+	b := &ws.buckets[w.id%idBuckets]
+	w.chain, *b = *b, w
+	ws.n++
+}
+
+// drop forgets w, which is there.
+func (ws *waiters) drop(w *waiter) {
+	b := &ws.buckets[w.id%idBuckets]
+	for *b != w {
+		b = &(*b).chain
+	}
+	*b, w.chain = w.chain, nil
+	ws.n--
+}
+
+// each calls f with every query. f may drop it.
+func (ws *waiters) each(f func(*waiter)) {
+	for i := range ws.buckets {
+		for w := ws.buckets[i]; w != nil; {
+			next := w.chain
+			f(w)
+			w = next
+		}
+	}
 }
 
 // add registers w under a random ID, which it writes into the query (RFC 5452,
@@ -232,9 +273,9 @@ func (ws *waiters) add(w *waiter) error {
 	}
 	id := binary.BigEndian.Uint16(w.random[:])
 	for range idAttempts {
-		if ws.byID[id] == nil {
-			ws.byID[id] = w
+		if ws.byID(id) == nil {
 			w.id = id
+			ws.insert(w)
 			binary.BigEndian.PutUint16(w.packet, id)
 			if w.copied != nil {
 				binary.BigEndian.PutUint16(w.copied, id)
@@ -264,9 +305,9 @@ func (ws *waiters) take(p []byte) *waiter {
 	if len(p) >= headerSize {
 		id := binary.BigEndian.Uint16(p)
 		ws.mu.Lock()
-		w := ws.byID[id]
+		w := ws.byID(id)
 		if w != nil && w.answeredBy(p) {
-			delete(ws.byID, id)
+			ws.drop(w)
 			ws.mu.Unlock()
 			return w
 		}
@@ -294,10 +335,10 @@ func (ws *waiters) wait(ctx context.Context, w *waiter) ([]byte, error) {
 func (ws *waiters) remove(w *waiter) bool {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
-	if ws.byID[w.id] != w {
+	if ws.byID(w.id) != w {
 		return false
 	}
-	delete(ws.byID, w.id)
+	ws.drop(w)
 	return true
 }
 
@@ -308,14 +349,14 @@ func (ws *waiters) fail(err error) {
 	if ws.err == nil {
 		ws.err = err
 	}
-	for id, w := range ws.byID {
-		delete(ws.byID, id)
+	ws.each(func(w *waiter) {
+		ws.drop(w)
 		if w.flight != nil {
 			flights = append(flights, w)
-			continue
+			return
 		}
 		w.answer <- answer{err: err}
-	}
+	})
 	ws.mu.Unlock()
 	for _, w := range flights {
 		w.failed(err)
@@ -326,7 +367,7 @@ func (ws *waiters) fail(err error) {
 func (ws *waiters) end(err error) bool {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
-	if len(ws.byID) > 0 {
+	if ws.n > 0 {
 		return false
 	}
 	if ws.err == nil {
@@ -338,5 +379,5 @@ func (ws *waiters) end(err error) bool {
 func (ws *waiters) count() int {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
-	return len(ws.byID)
+	return ws.n
 }

@@ -53,7 +53,7 @@ func (g *gate) discovered(connections, queries event.Observer) (_, _ event.Obser
 
 // maxQueriesDiscovered is how many queries of a second discovery looks at. More is a
 // flood, and remembering where it came from is not worth as much as answering it.
-const maxQueriesDiscovered = 50_000
+const maxQueriesDiscovered = 10_000
 
 // atMost passes the first events of each second on, most of them.
 type atMost struct {

@@ -49,8 +49,8 @@ func (w *Writer) Observe(ev *event.Event) {
 	if ev.Kind == event.Config {
 		to = w.messages
 	}
-	b := getScratch()
-	line := (*b)[:0]
+	m := memos.Get().(*memo)
+	line := m.line
 	if w.syslog != nil && to == w.events {
 		line = w.syslog.append(line, severityOf(ev), ev.Time, string(ev.Kind))
 	}
@@ -62,10 +62,10 @@ func (w *Writer) Observe(ev *event.Event) {
 	case w.format == Aviatrix:
 		line = appendAviatrix(line, ev, w.node)
 	default:
-		line = appendJSON(line, ev, w.node)
+		line = m.appendJSON(line, ev, w.node)
 	}
 	to.put(line)
-	putScratch(b, line)
+	m.free(line)
 }
 
 func appendConfig(dst []byte, ev *event.Event, node string) []byte {
@@ -82,22 +82,19 @@ func appendConfig(dst []byte, ev *event.Event, node string) []byte {
 
 // appendJSON appends the keys that the contract names, in its order. A key whose
 // value is not known, or cannot be for this kind of event, is left out.
-func appendJSON(dst []byte, ev *event.Event, node string) []byte {
-	d := &ev.Decision
+func (m *memo) appendJSON(dst []byte, ev *event.Event, node string) []byte {
+	said := m.of(&ev.Decision)
 	dst = append(dst, `{"time":`...)
-	dst = appendStamp(dst, ev.Time)
+	dst = m.appendStamp(dst, ev.Time)
 	dst = appendText(dst, `,"event":`, string(ev.Kind), maxShort)
 	dst = appendText(dst, `,"id":`, ev.ID, maxID)
 	dst = appendText(dst, `,"node":`, node, maxNode)
 	if ev.Source.IsValid() {
-		dst = appendAddress(dst, `,"src":`, ev.Source.Addr())
+		dst = m.appendSource(dst, ev.Source.Addr())
 		dst = appendNumber(dst, `,"src_port":`, int64(ev.Source.Port()))
 	}
 	dst = appendText(dst, `,"vpc_endpoint":`, ev.VPCEndpoint, maxVPC)
-	if d.Group != "" {
-		dst = appendText(dst, `,"group":`, d.Group, maxGroup)
-		dst = appendText(dst, `,"mode":`, d.Mode.String(), maxShort)
-	}
+	dst = append(dst, said.head...)
 	dst = appendText(dst, `,"listener":`, ev.Listener, maxShort)
 	dst = appendText(dst, `,"method":`, ev.Method, maxMethod)
 	dst = appendText(dst, `,"name":`, ev.Name, maxName)
@@ -107,10 +104,7 @@ func appendJSON(dst []byte, ev *event.Event, node string) []byte {
 	if ev.Kind != event.DNS {
 		dst = appendHello(dst, ev)
 	}
-	dst = appendText(dst, `,"verdict":`, d.Verdict.String(), maxShort)
-	dst = appendText(dst, `,"reason":`, d.Reason.String(), maxShort)
-	dst = appendText(dst, `,"rule":`, d.Rule, maxRule)
-	dst = appendText(dst, `,"policy":`, d.Revision, maxPolicy)
+	dst = append(dst, said.tail...)
 	if ev.Destination.IsValid() {
 		dst = appendAddress(dst, `,"dst":`, ev.Destination.Addr())
 	}
@@ -192,8 +186,13 @@ func appendStamp(dst []byte, t time.Time) []byte {
 func appendTime(dst []byte, t time.Time) []byte {
 	t = t.UTC()
 	dst = t.AppendFormat(dst, time.RFC3339) // this layout has a fast path
+	return appendFraction(dst[:len(dst)-1], t)
+}
+
+// appendFraction appends the milliseconds of t, and that it is in UTC.
+func appendFraction(dst []byte, t time.Time) []byte {
 	ms := t.Nanosecond() / 1_000_000
-	return append(dst[:len(dst)-1], '.', byte('0'+ms/100), byte('0'+ms/10%10), byte('0'+ms%10), 'Z')
+	return append(dst, '.', byte('0'+ms/100), byte('0'+ms/10%10), byte('0'+ms%10), 'Z')
 }
 
 // appendMillis appends d in milliseconds, to the microsecond.

@@ -72,7 +72,8 @@ type Event struct {
 }
 
 // An Observer is told of each Event once, when it is over. Observe must not block
-// and must not keep ev or its slices after it returns.
+// and must not keep ev or its slices after it returns. It may keep strings, but whoever
+// does so for long clones them: they may be parts of larger ones.
 type Observer interface {
 	Observe(ev *Event)
 }
