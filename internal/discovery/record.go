@@ -6,7 +6,6 @@ import (
 	"hash/crc32"
 	"slices"
 	"strings"
-	"unique"
 
 	"sallyport/policy"
 )
@@ -120,7 +119,7 @@ func readEntry(data []byte) (*entry, error) {
 		port: uint16(r.number(1<<16 - 1)), qtype: uint16(r.number(1<<16 - 1)), listeners: uint8(r.number(1<<8 - 1)),
 		total: r.usage(), today: r.usage(),
 	}
-	group, rule := unique.Make(r.text()), unique.Make(r.text())
+	group, rule := r.text(), r.text()
 	e.name = r.text()
 	verdict, reason, spoken := r.text(), r.text(), r.text()
 	e.sources = r.sources()
@@ -159,8 +158,8 @@ func useRecordKey(k useKey) []byte {
 	if k.deny {
 		section = 'd'
 	}
-	key := append([]byte{section}, k.group.Value()...)
-	return append(append(key, 0), k.rule.Value()...)
+	key := append([]byte{section}, k.group...)
+	return append(append(key, 0), k.rule...)
 }
 
 func readUseKey(key []byte) (useKey, error) {
@@ -168,5 +167,5 @@ func readUseKey(key []byte) (useKey, error) {
 	if !ok || group == "" || group[0] != 'a' && group[0] != 'd' {
 		return useKey{}, errRecord
 	}
-	return useKey{unique.Make(group[1:]), unique.Make(rule), group[0] == 'd'}, nil
+	return useKey{group[1:], rule, group[0] == 'd'}, nil
 }

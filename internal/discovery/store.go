@@ -294,7 +294,7 @@ func (s *Store) Rules() map[RuleKey]Use {
 	out := make(map[RuleKey]Use, len(us.known))
 	for k, u := range us.known {
 		if hits := u.hits.Load(); hits > 0 {
-			out[RuleKey{k.group.Value(), k.rule.Value(), k.deny}] = Use{hits, time.Unix(int64(u.last.Load()), 0).UTC()}
+			out[RuleKey{k.group, k.rule, k.deny}] = Use{hits, time.Unix(int64(u.last.Load()), 0).UTC()}
 		}
 	}
 	return out

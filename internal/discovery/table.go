@@ -3,9 +3,9 @@ package discovery
 import (
 	"hash/maphash"
 	"math/bits"
+	"strings"
 	"sync"
 	"sync/atomic"
-	"unique"
 
 	"sallyport/policy"
 	"sallyport/policy/event"
@@ -40,7 +40,7 @@ type identity struct {
 }
 
 func (i *identity) key() useKey {
-	return useKey{unique.Make(i.group), unique.Make(i.rule), i.reason == policy.ReasonExplicitDeny}
+	return useKey{i.group, i.rule, i.reason == policy.ReasonExplicitDeny}
 }
 
 // protocol is a Protocol as a number.
@@ -98,9 +98,9 @@ type entry struct {
 	sources sources
 }
 
-func (e *entry) group() string { return e.rule.key.group.Value() }
+func (e *entry) group() string { return e.rule.key.group }
 
-func (e *entry) ruleID() string { return e.rule.key.rule.Value() }
+func (e *entry) ruleID() string { return e.rule.key.rule }
 
 func (e *entry) is(i *identity) bool {
 	return e.name == string(i.name) && e.port == i.port && e.qtype == i.qtype && e.protocol == i.protocol &&
@@ -339,8 +339,10 @@ func (u *use) hit(at uint32) {
 	}
 }
 
+// A useKey names a rule. Its strings are plain ones: a unique.Handle cannot be made while
+// a collection is marking, and those who answer queries would wait for the end of that.
 type useKey struct {
-	group, rule unique.Handle[string] // rule may be "", of what no rule decided
+	group, rule string // rule may be "", of what no rule decided
 	deny        bool
 }
 
@@ -352,15 +354,16 @@ type uses struct {
 	lost  atomic.Uint64 // hits
 }
 
-// get returns the use of k.
+// get returns the use of k, which it does not keep: its strings may be part of a policy.
 func (us *uses) get(k useKey) *use {
 	us.mu.Lock()
 	defer us.mu.Unlock()
 	u := us.known[k]
 	if u == nil {
-		u = &use{key: k, lost: len(us.known) >= us.room}
+		kept := useKey{strings.Clone(k.group), strings.Clone(k.rule), k.deny}
+		u = &use{key: kept, lost: len(us.known) >= us.room}
 		if !u.lost {
-			us.known[k] = u
+			us.known[kept] = u
 		}
 	}
 	return u
