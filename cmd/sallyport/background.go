@@ -3,15 +3,24 @@ package main
 import (
 	"os"
 	"runtime"
+	"sync"
 )
 
-// inBackground runs f, which takes long and hurries for nobody, in a thread of its own
+// A background runs what takes long, one at a time: each would take a processor from
+// what serves.
+type background struct {
+	turn sync.Mutex // held while something runs
+}
+
+// run runs f, which takes long and hurries for nobody, in a thread of its own
 // that gives way to those which serve, and waits for it. Without a thread of its own,
 // what serves would wait for f on a machine with one processor, ten milliseconds at a
 // time: the runtime divides one processor among goroutines that coarsely, the kernel
 // divides it among threads at once.
-func inBackground(f func()) {
-	defer spareProcessor()()
+func (b *background) run(f func()) {
+	b.turn.Lock()
+	defer b.turn.Unlock()
+	defer spareProcessors()()
 	done := make(chan struct{})
 	go runInBackground(f, done)
 	<-done
@@ -34,15 +43,22 @@ func runInBackground(f func(), done chan<- struct{}) {
 	f()
 }
 
-// spareProcessor has the runtime run two threads at a time where it would run one, and
-// returns what undoes that.
-func spareProcessor() (restore func()) {
-	if runtime.GOMAXPROCS(0) > 1 {
+// enoughProcessors are as many as the runtime runs threads on beside background work:
+// one does that work, and one may sweep what it has left, for the sweeper gives way to
+// goroutines alone; while none is idle the runtime looks at the network every ten
+// milliseconds only. The third serves.
+const enoughProcessors = 3
+
+// spareProcessors has the runtime run enoughProcessors threads at a time where it would
+// run fewer, and returns what undoes that.
+func spareProcessors() (restore func()) {
+	n := runtime.GOMAXPROCS(0)
+	if n >= enoughProcessors {
 		return func() {}
 	}
-	runtime.GOMAXPROCS(2)
+	runtime.GOMAXPROCS(enoughProcessors)
 	if os.Getenv("GOMAXPROCS") != "" {
-		return func() { runtime.GOMAXPROCS(1) }
+		return func() { runtime.GOMAXPROCS(n) }
 	}
 	return runtime.SetDefaultGOMAXPROCS // which follows the limits of the container again
 }

@@ -102,7 +102,7 @@ func (g *gate) reloadPolicy() error {
 	var p *policy.Policy
 	var warnings []*policy.Error
 	var err error
-	inBackground(func() { p, warnings, err = g.source.load() })
+	g.background.run(func() { p, warnings, err = g.source.load() })
 	if err != nil {
 		return err
 	}
@@ -113,7 +113,7 @@ func (g *gate) reloadPolicy() error {
 		g.store.Swap(p)
 	}
 	g.status.fellBack(false) // whatever else may be wrong
-	inBackground(func() {
+	g.background.run(func() {
 		g.keep()
 		tidy(p)
 	})

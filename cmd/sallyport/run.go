@@ -84,6 +84,8 @@ type gate struct {
 	hangup   chan struct{} // SIGHUP asks for a reload of settings and policy
 	changed  chan struct{} // the policy's files ask for one of the policy
 
+	background background // what takes long
+
 	certificates   certificates // in force, of proxy.tls
 	dnsCertificate certificates // in force, of dns.tls
 	sockets        inherited
@@ -412,6 +414,7 @@ func (g *gate) watch(ctx context.Context) error {
 	g.source.files.OnError = func(err error) {
 		g.logger.Warn().Err(err).Msg("changes of the policy are noticed by polling for now")
 	}
+	g.source.files.Background = g.background.run
 	return g.source.files.Watch(ctx, func() { request(g.changed) })
 }
 

@@ -35,6 +35,8 @@ const (
 	// settled is how old the last change of a file must be for its size and time to
 	// stand for its content: file systems give changes in quick succession one time.
 	settled = 2 * time.Second
+	// large is a size in bytes from which on hashing a file takes long.
+	large = 1 << 20
 	// maxChecks bounds how often a check begins again because a Load came between.
 	maxChecks = 3
 )
@@ -45,6 +47,9 @@ type Provider struct {
 	// OnError, if set before Watch, is told why changes are noticed only every few
 	// seconds for a while. Watch calls it from its goroutine.
 	OnError func(error)
+	// Background, if set before Watch, runs what Watch does that takes long, and returns
+	// when it has ended. Watch calls it from its goroutine.
+	Background func(func())
 
 	path   string
 	loaded chan struct{} // a Load has ended
@@ -258,7 +263,11 @@ func (p *Provider) inspect(path string, before state) state {
 		f.file.Close()
 		return before
 	}
-	f.Close()
+	if p.Background != nil && f.state.info.Size() >= large {
+		p.Background(func() { f.Close() })
+	} else {
+		f.Close()
+	}
 	return read.files[path]
 }
 

@@ -249,6 +249,27 @@ func (w *watched) wantsError() {
 	w.wants("an error", func(l load) bool { return l.err != nil })
 }
 
+// TestChangedInBackground: what takes long to hash is hashed where Background says, the rest is not.
+func TestChangedInBackground(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "policy.yaml")
+	list := filepath.Join(filepath.Dir(path), "lists/l.txt")
+	write(t, path, policyWithList)
+	write(t, list, "a.example\n")
+	p := New(path)
+	aside := 0
+	p.Background = func(f func()) { aside++; f() }
+	if _, _, err := p.Load(); err != nil {
+		t.Fatal(err)
+	}
+	if p.changed() || aside != 0 {
+		t.Errorf("two small files that have not changed: hashed aside %d times, want 0", aside)
+	}
+	write(t, list, "a.example\n"+strings.Repeat("# large\n", large/8))
+	if !p.changed() || aside != 1 {
+		t.Errorf("a large file that has changed: hashed aside %d times, want 1", aside)
+	}
+}
+
 func TestWatchPolicyFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "policy.yaml")
 	write(t, path, policyFor("a.example"))
