@@ -9,6 +9,7 @@ import (
 
 	"github.com/miekg/dns"
 
+	"sallyport/dnsfilter/wire"
 	"sallyport/policy"
 )
 
@@ -53,6 +54,44 @@ func TestCacheStaysWithinItsBound(t *testing.T) {
 	}
 	if entries, bytes := c.size(); entries != 0 || bytes != 0 {
 		t.Errorf("%d entries of %d bytes after all have expired", entries, bytes)
+	}
+}
+
+// plainAnswerTo returns what an upstream that uses the room says to k: records addresses.
+func plainAnswerTo(k key, records int) (p []byte, end int) {
+	p = wire.AppendName([]byte{0, 0, 0x81, 0x80, 0, 1, byte(records >> 8), byte(records), 0, 0, 0, 0}, k.name.String())
+	p = append(p, 0, byte(k.qtype), 0, dns.ClassINET)
+	end = len(p)
+	for i := range records {
+		p = append(p, 0xC0, headerSize, 0, byte(k.qtype), 0, dns.ClassINET, 0, 0, 0, 60, 0, 4, 198, 41, 0, byte(i))
+	}
+	return p, end
+}
+
+// TestCacheCountsManyAddresses is TestCacheCountsWhatItTakes for plain answers of any length.
+func TestCacheCountsManyAddresses(t *testing.T) {
+	const size = 8 << 20
+	for _, records := range []int{1, 3, maxPackedAddrs, maxPackedAddrs + 1, 65, 200} {
+		var before, after runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&before)
+		c, now := newCache(Cache{Size: size}), time.Now()
+		for i := 0; c.evicted.Load() < 1000; i++ {
+			k := testKey(i)
+			p, end := plainAnswerTo(k, records)
+			e, ok := plainEntry(k, p, end, true, now, Cache{MaxTTL: defaultMaxTTL})
+			if !ok {
+				t.Fatalf("%x is not plain", p)
+			}
+			c.put(k, e, now)
+		}
+		runtime.GC()
+		runtime.ReadMemStats(&after)
+		taken := int64(after.HeapAlloc) - int64(before.HeapAlloc)
+		if _, bytes := c.size(); taken > size*5/4 {
+			t.Errorf("%d records: %d bytes of heap for %d counted", records, taken, bytes)
+		}
+		runtime.KeepAlive(c)
 	}
 }
 

@@ -145,6 +145,7 @@ func plainEntry(k key, msg []byte, end int, vouched bool, now time.Time, bounds 
 		packed
 	})
 	e, ready := &one.entry, one.packed.init()
+	packable := answers <= maxPackedAddrs // or what ready holds would be kept without being counted
 	kept := make([]byte, at)
 	copy(kept, msg)
 	kept[0], kept[1], kept[2], kept[3] = 0, 0, 0x81, 0
@@ -162,13 +163,15 @@ func plainEntry(k key, msg []byte, end int, vouched bool, now time.Time, bounds 
 		ttl = min(max(ttl, seconds(bounds.MinTTL)), seconds(bounds.MaxTTL))
 		shortest = min(shortest, ttl)
 		be.PutUint32(kept[i+6:], ttl)
-		ready.ttls = append(ready.ttls, uint16(i+6))
-		a, _ := netip.AddrFromSlice(kept[i+12 : i+12+size])
-		ready.addrs = append(ready.addrs, a.Unmap())
+		if packable {
+			ready.ttls = append(ready.ttls, uint16(i+6))
+			a, _ := netip.AddrFromSlice(kept[i+12 : i+12+size])
+			ready.addrs = append(ready.addrs, a.Unmap())
+		}
 	}
 	e.wire, e.stored, e.expires = kept, now, now.Add(time.Duration(shortest)*time.Second)
-	ready.message, ready.ad, ready.alone = kept, kept[3]&authentic != 0, true // as packPlain does
-	if answers <= maxPackedAddrs {
+	if packable { // as packPlain does
+		ready.message, ready.ad, ready.alone = kept, kept[3]&authentic != 0, true
 		e.packed.Store(ready)
 	}
 	return e, true
