@@ -15,7 +15,9 @@ import (
 	"sallyport/policy/event"
 )
 
-// A Decider decides requests; *policy.Store is one.
+// A Decider decides requests; *policy.Store is one. If it has a method Policy too, as that
+// has, it must decide what it signs with that policy's Revision as that policy does: it is not
+// asked again about what cannot come out otherwise (see [policy.Policy.Indifferent]).
 type Decider interface {
 	Decide(policy.Request) policy.Decision
 }

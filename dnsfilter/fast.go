@@ -31,10 +31,6 @@ type fast struct {
 	plain  bool        // the last query is, and stands in q
 	missed bool        // of the last query: it was left because nothing is known of it
 	name   policy.Name // asked for then
-
-	// The policy in force just before the name was decided, nil if that is not known. Who keeps a
-	// fast for long forgets it: a policy that is replaced must become garbage.
-	by *policy.Policy
 }
 
 // textPage is how many bytes of text, of events that come one after the other, are allocated
@@ -83,7 +79,6 @@ func (f *fast) answer(dst, packet []byte, c client, now time.Time, o *outcome) (
 		return dst, false
 	}
 	o.addr, o.door, o.qtype, o.packed, o.asked, o.name, o.held = c.addr, c.door, q.Type, nil, 0, len(q.Name.Bytes()), nil
-	f.by = f.inForce()
 	o.d = f.decide(req)
 	start := len(dst)
 	var ok bool
@@ -121,12 +116,16 @@ func (f *fast) decide(req policy.Request) policy.Decision {
 	return f.s.cfg.Decider.Decide(req)
 }
 
-// inForce returns the policy that decides, nil if that is not known.
-func (f *fast) inForce() *policy.Policy {
+// author returns the policy that decided d if it is in force, and known; otherwise nil.
+// Nobody keeps it, however long a query takes: a policy that is replaced must become garbage.
+func (f *fast) author(d *policy.Decision) *policy.Policy {
 	if f.laws == nil {
 		return nil
 	}
-	return f.laws.Policy()
+	if p := f.laws.Policy(); p != nil && p.Revision() == d.Revision {
+		return p
+	}
+	return nil
 }
 
 // sampleKey returns what the sampler knows the query by, with room behind it.
@@ -224,7 +223,7 @@ func (f *fast) cached(dst []byte, req policy.Request, c client, now time.Time, o
 // all of it.
 func (f *fast) known(dst []byte, e *entry, p *packed, req policy.Request, c client, now time.Time, o *outcome) ([]byte, bool) {
 	s, q := f.s, &f.q
-	if p == unpackable || p.leads && s.cfg.CNAMEs == CNAMEsInspect || !f.allPass(req, p) {
+	if p == unpackable || p.leads && s.cfg.CNAMEs == CNAMEsInspect || !f.allPass(req, &o.d, p) {
 		return dst, false
 	}
 	start := len(dst)
@@ -252,11 +251,12 @@ func (f *fast) known(dst []byte, e *entry, p *packed, req policy.Request, c clie
 	return dst, true
 }
 
-// allPass reports whether every address in p passes for req's source, for which the name does.
-func (f *fast) allPass(req policy.Request, p *packed) bool {
-	same := f.by != nil && f.by == f.inForce() // then it is what has decided on the name
+// allPass reports whether every address in p passes for req's source, for which the name
+// does, as d says.
+func (f *fast) allPass(req policy.Request, d *policy.Decision, p *packed) bool {
+	by := f.author(d)
 	for _, a := range p.addrs {
-		if same && f.by.Indifferent(a) {
+		if by != nil && by.Indifferent(a) {
 			continue
 		}
 		req.Destination = a

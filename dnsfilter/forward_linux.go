@@ -321,7 +321,7 @@ func (b *outbox) add(q *udpQuery, e *entry, now time.Time) {
 		b.u = q.u
 	}
 	s, k := b.s, b.n
-	a, ok := b.fast.again(client{addr: q.m.addr(), udp: true}, q.packet[:q.size], q.start, &q.ruling)
+	a, ok := b.fast.again(client{addr: q.m.addr(), udp: true}, q.packet[:q.size], q.start, &q.d)
 	var p []byte
 	if ok = ok && e.next.IsZero(); ok {
 		// No answer is longer than maxEDNSSize.

@@ -37,23 +37,17 @@ type asking struct {
 	d      policy.Decision
 }
 
-// A ruling is a decision with the policy that took it, nil if that is not known.
-type ruling struct {
-	by *policy.Policy
-	d  policy.Decision
-}
-
 // again parses and decides a plain query from c that came at start. It returns false
-// if it is for serve after all. A ruling on the query, if there is one, stands as long as its policy
-// is in force.
-func (f *fast) again(c client, packet []byte, start time.Time, r *ruling) (asking, bool) {
+// if it is for serve after all. What was decided before and let it pass, nil if that is not
+// known, stands as long as that policy is in force.
+func (f *fast) again(c client, packet []byte, start time.Time, before *policy.Decision) (asking, bool) {
 	q := &f.q
 	if !q.Parse(packet) {
 		return asking{}, false
 	}
 	req := policy.Request{Source: c.addr.Addr(), Protocol: policy.ProtocolDNS, QType: q.Type, Time: start}
-	if f.by = f.inForce(); r != nil && r.by != nil && r.by == f.by {
-		return asking{c, packet, start, req, r.d}, true
+	if before != nil && before.Passes() && f.author(before) != nil {
+		return asking{c, packet, start, req, *before}, true
 	}
 	d := f.decide(req)
 	return asking{c, packet, start, req, d}, d.Passes() // or not, by a policy that has come since

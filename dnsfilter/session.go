@@ -170,8 +170,7 @@ func (t *session) serve(packet []byte) {
 	start := len(t.out)
 	t.out = append(t.out, 0, 0)
 	t.s.resolver.refreshHosts()
-	answered, ok := t.fast.answer(t.out, packet, t.client, t.now, &t.outcome)
-	if t.fast.by = nil; ok {
+	if answered, ok := t.fast.answer(t.out, packet, t.client, t.now, &t.outcome); ok {
 		if len(answered) == start+2 {
 			t.out = t.out[:start]
 			return

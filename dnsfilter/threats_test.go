@@ -3,10 +3,13 @@ package dnsfilter
 import (
 	"fmt"
 	"net"
+	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
+	"weak"
 
 	"github.com/miekg/dns"
 
@@ -189,6 +192,46 @@ func TestT52EachPolicyCounts(t *testing.T) {
 	want(policy.Deny, policy.ReasonUnmatchedSource)
 	store.Swap(nil)
 	want(policy.Deny, policy.ReasonUnmatchedSource)
+}
+
+// TestAReplacedPolicyIsGarbage: the first collection after a policy was replaced frees it,
+// whatever was answered with it, and whatever still waits for an upstream.
+func TestAReplacedPolicyIsGarbage(t *testing.T) {
+	const text = "version: 1\ngroups: [{name: g, sources: [127.0.0.1/32], allow: [%s]}]\n"
+	store := new(policy.Store)
+	o := newOrigin(t, "api.ok.test. 60 IN A 198.41.0.4", "late.ok.test. 60 IN A 198.41.0.4")
+	asked, release := make(chan struct{}), make(chan struct{})
+	o.set(func(w dns.ResponseWriter, q, m *dns.Msg) {
+		if strings.EqualFold(q.Question[0].Name, "late.ok.test.") {
+			close(asked)
+			<-release
+		}
+		w.WriteMsg(m)
+	})
+	b := start(t, Config{Decider: store, Cache: Cache{Size: mib}}, o, patient)
+	store.Swap(enforced(t, fmt.Sprintf(text, ".ok.test")))
+	replaced := weak.Make(store.Policy())
+	for _, network := range []string{"udp", "tcp"} {
+		for _, name := range []string{"api.ok.test.", "api.ok.test.", network + ".ok.test.", "evil.test."} {
+			b.ask(t, alice, network, question(name, dns.TypeA))
+		}
+	}
+	late := make(chan *dns.Msg)
+	go func() {
+		defer close(late)
+		late <- b.ask(t, alice, "udp", question("late.ok.test.", dns.TypeA))
+	}()
+	<-asked
+	store.Swap(enforced(t, fmt.Sprintf(text, "late.ok.test")))
+	runtime.GC()
+	if replaced.Value() != nil {
+		t.Error("something keeps a policy that was replaced")
+	}
+	close(release)
+	wantData(t, <-late, "A 198.41.0.4")
+	if ev := b.events.of(t, alice, "late.ok.test A"); ev.Decision.Rule != "late.ok.test" || ev.Decision.Revision != store.Revision() {
+		t.Errorf("event = %+v", ev)
+	}
 }
 
 // TestT52APolicyThatComesMeanwhile: addresses that arrive after the name was taken from

@@ -279,7 +279,6 @@ func (r *udpReader) answer(fd uintptr, n int) {
 		used += len(p)
 	}
 	r.up.flush()
-	r.fast.by = nil
 	for r.sent = 0; r.sent < r.ready; {
 		first := r.sent
 		err := r.send(fd)
@@ -351,9 +350,9 @@ type udpQuery struct {
 	u      *udpSocket
 	m      message
 	size   int
-	ruling ruling // if it missed
-	missed bool   // as in fast
-	proven bool   // the client is
+	d      policy.Decision // if it missed
+	missed bool            // as in fast
+	proven bool            // the client is
 	packet [readSize]byte
 }
 
@@ -374,7 +373,7 @@ func (r *udpReader) miss(m *message, packet []byte, now time.Time, d *policy.Dec
 	q.s, q.next, q.entry, q.start = s, nil, nil, now
 	q.u, q.m, q.size, q.missed = r.u, *m, copy(q.packet[:], packet), r.fast.missed
 	if q.proven = proven; q.missed {
-		q.ruling = ruling{r.fast.by, *d}
+		q.d = *d
 	}
 	s.slow.Add(1)
 	if q.missed && s.cfg.Cache.Size > 0 && r.up.forward(q, key{r.fast.name, r.fast.q.Type, r.fast.q.DO, r.fast.q.CD}) {
@@ -397,7 +396,7 @@ func (s *Server) answerUDP(q *udpQuery) {
 // done frees q, which has been answered.
 func (q *udpQuery) done() {
 	s, source, proven := q.s, q.m.addr().Addr(), q.proven
-	q.s, q.entry, q.u, q.ruling = nil, nil, nil, ruling{}
+	q.s, q.entry, q.u, q.d = nil, nil, nil, policy.Decision{}
 	udpQueries.Put(q)
 	s.leave(source, proven)
 	s.slow.Done()

@@ -55,8 +55,7 @@ func (s *Server) serveUDP(u *udpSocket) error {
 		s.resolver.refreshHosts()
 		var o outcome
 		now := s.cfg.Now()
-		answer, ok := f.answer(written, buf[:n], client{addr: q.addr, udp: true}, now, &o)
-		if f.by = nil; ok {
+		if answer, ok := f.answer(written, buf[:n], client{addr: q.addr, udp: true}, now, &o); ok {
 			if len(answer) == 0 {
 				continue
 			}
