@@ -174,23 +174,26 @@ func (c *cache) shrink(s *shard) {
 // insert adds e.
 func (s *shard) insert(e *entry) {
 	if s.entries++; 4*s.entries > 3*len(s.table) {
-		s.table = make([]hashed, 2*len(s.table))
-		for other := s.ring.newer; other != &s.ring; other = other.newer {
-			s.enter(other)
+		old := s.table
+		s.table = make([]hashed, 2*len(old))
+		for _, other := range old { // others wait: no look at the entries themselves
+			if other.entry != nil {
+				s.enter(other)
+			}
 		}
 	}
-	s.enter(e)
+	s.enter(hashed{e.hash, e})
 	s.link(e)
 	s.bytes += e.cost
 }
 
-// enter writes e into the table, which has room.
-func (s *shard) enter(e *entry) {
-	i := s.home(e.hash)
+// enter writes h into the table, which has room.
+func (s *shard) enter(h hashed) {
+	i := s.home(h.hash)
 	for s.table[i].entry != nil {
 		i = (i + 1) & (len(s.table) - 1)
 	}
-	s.table[i] = hashed{e.hash, e}
+	s.table[i] = h
 }
 
 // link makes e the last to be looked at.
