@@ -120,7 +120,10 @@ func newSoak(t *testing.T) *soak {
 	s.hostile = l.Addr().(*net.TCPAddr).Port
 	go misbehave(l)
 	// Who behaves must not fail for being slow: that would be this machine.
-	s.g = start(t, s.w, s.policy(0), "--set", "proxy.timeouts.connect=20s", "--set", "proxy.timeouts.client_hello=20s", "--set", "proxy.timeouts.request_header=20s")
+	// What is remembered on purpose, of a hundred thousand made up names, is bounded small:
+	// otherwise it would hide what is not.
+	s.g = start(t, s.w, s.policy(0), "--set", "proxy.timeouts.connect=20s", "--set", "proxy.timeouts.client_hello=20s", "--set", "proxy.timeouts.request_header=20s",
+		"--set", "discovery.entries=1000", "--set", "dns.cache.size=1MiB")
 	s.g.mu.Lock()
 	s.g.sink = s.take
 	s.g.mu.Unlock()
