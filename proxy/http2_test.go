@@ -744,6 +744,19 @@ func TestStreamDeadlines(t *testing.T) {
 	}
 }
 
+// A block that begins as another one ends is a new one, with its own time.
+func TestBlocksInARow(t *testing.T) {
+	var f blocks
+	f.saw([]byte{0, 0, 1, frameHeaders, 0, 0, 0, 0, 1, 0x82})
+	if !f.open || f.begun != 1 {
+		t.Fatalf("%+v", f)
+	}
+	f.saw([]byte{0, 0, 1, frameContinuation, flagEndHeaders, 0, 0, 0, 1, 0x84, 0, 0, 9, frameHeaders, flagEndHeaders, 0, 0, 0, 3, 0x82})
+	if !f.open || f.begun != 2 {
+		t.Errorf("%+v", f)
+	}
+}
+
 // FuzzBlocks: what is known of a stream of frames does not depend on its pieces.
 func FuzzBlocks(f *testing.F) {
 	f.Add([]byte{0, 0, 2, frameHeaders, 0, 0, 0, 0, 1, 0x82, 0x84, 0, 0, 1, frameContinuation, flagEndHeaders, 0, 0, 0, 1, 0x86}, uint8(1))

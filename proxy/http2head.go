@@ -39,10 +39,10 @@ func (c *http2Conn) Read(b []byte) (int, error) {
 		}
 	}
 	n, err := c.Conn.Read(b)
-	open := c.blocks.open
+	open, begun := c.blocks.open, c.blocks.begun
 	c.blocks.saw(b[:n])
 	switch {
-	case c.blocks.open && !open:
+	case c.blocks.open && c.blocks.begun != begun: // perhaps after the end of another one
 		c.since = time.Now()
 		c.SetReadDeadline(c.since.Add(c.s.cfg.Timeouts.RequestHeader))
 	case !c.blocks.open && open:
@@ -85,8 +85,9 @@ func (c anyConn) UnencryptedNetConn() net.Conn { return c.Conn }
 // as is needed to know whether a header block is under way (section 4.3). What breaks
 // the rules ends the connection anyway.
 type blocks struct {
-	open   bool // from the first frame's head to the last byte of the one with END_HEADERS
-	last   bool // the frame that is under way is that one
+	open   bool   // from the first frame's head to the last byte of the one with END_HEADERS
+	last   bool   // the frame that is under way is that one
+	begun  uint64 // header blocks
 	head   [9]byte
 	have   int    // bytes of head
 	unread uint32 // bytes of the frame's payload still to come
@@ -115,6 +116,9 @@ func (f *blocks) saw(b []byte) {
 			f.unread = binary.BigEndian.Uint32(f.head[:]) >> 8
 			f.last = false
 			if kind := f.head[3]; kind == frameHeaders || kind == frameContinuation {
+				if !f.open {
+					f.begun++
+				}
 				f.open, f.last = true, f.head[4]&flagEndHeaders != 0
 			}
 		}
