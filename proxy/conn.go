@@ -190,6 +190,7 @@ type clientConn struct {
 	there   *presence                 // sees whether the client is there; nil: watch has to
 	badBody atomic.Pointer[headError] // what is wrong with the body of the current request
 	live    liveExchange              // the request under way
+	visit   *visit                    // serves it in a lane; nil: net/http does
 }
 
 // Read reads for net/http. Between messages that asks for a single byte only while a

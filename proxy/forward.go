@@ -158,6 +158,11 @@ func (s *Server) serveExchange(c *clientConn, w http.ResponseWriter, r *http.Req
 		ex.options()
 		return
 	}
+	if ex.carried = ex.carries(r); !ex.carried && c.visit != nil {
+		ex.taken = true
+		c.visit.decline()
+		return
+	}
 	c.live.begin(ex)
 	if protocol := upgradeOf(r.Header); protocol != "" {
 		ex.upgrade(r, protocol)
@@ -413,7 +418,7 @@ func (ex *exchange) refuse(r *refusal) {
 // forward lets goproxy drive the exchange.
 func (ex *exchange) forward(r *http.Request) {
 	out := r
-	if ex.carried = ex.carries(r); !ex.carried || ex.http2 {
+	if !ex.carried || ex.http2 {
 		ex.trace = httptrace.ClientTrace{GotConn: ex.gotConn, Got1xxResponse: ex.got1xx}
 		ctx := context.WithValue(r.Context(), exchangeKey{}, ex)
 		out = r.WithContext(httptrace.WithClientTrace(ctx, &ex.trace))
@@ -569,7 +574,7 @@ func (ex *exchange) carrier() *carrier {
 	if t := ex.client.session; t != nil {
 		return t.carrier
 	}
-	return ex.s.pools.get(poolKey{ex.admitted.Group, ex.admitted.Revision, ex.who.user})
+	return ex.s.pools.get(poolKey{ex.admitted.Group, ex.admitted.Revision, ex.who.user, ex.client.lane()})
 }
 
 // gotConn is called in the goroutine of the round trip by http.Transport.
@@ -713,7 +718,11 @@ func (b *countingBody) Read(p []byte) (int, error) {
 // poolKey says who may share upstream connections: nobody in another group, no other
 // user, and nobody under another policy, which might have checked the address
 // otherwise.
-type poolKey struct{ group, revision, user string }
+type poolKey struct {
+	group, revision, user string
+
+	lane *lane // whose connections they are; nil: no lane's
+}
 
 // maxPools bounds the pools, as there may be many users. With more all are retired.
 const maxPools = 1024
@@ -737,7 +746,11 @@ func (p *pools) get(k poolKey) *carrier {
 	defer p.mu.Unlock()
 	t := p.m[k]
 	if t == nil {
-		t = p.s.newCarrier(p.s.dialExchange)
+		dial := p.s.dialExchange
+		if k.lane != nil {
+			dial = k.lane.dialExchange
+		}
+		t = p.s.newCarrier(dial)
 		p.m[k] = t
 	}
 	return t

@@ -122,6 +122,14 @@ func start(t testing.TB, text string, edit ...func(*Config)) *gate {
 
 // startGate is start, with or without lanes.
 func startGate(t testing.TB, text string, lanes bool, edit ...func(*Config)) *gate {
+	if !lanes {
+		return startLanes(t, 0, text, edit...)
+	}
+	return startLanes(t, -1, text, edit...)
+}
+
+// startLanes is start with a number of lanes; -1: as many as there should be.
+func startLanes(t testing.TB, lanes int, text string, edit ...func(*Config)) *gate {
 	t.Helper()
 	g := &gate{
 		t: t, store: new(policy.Store), resolver: &names{addrs: map[string][]netip.Addr{}},
@@ -137,7 +145,12 @@ func startGate(t testing.TB, text string, lanes bool, edit ...func(*Config)) *ga
 		e(&cfg)
 	}
 	g.srv = New(cfg)
-	g.srv.noLanes = *withoutLanes || !lanes
+	if *withoutLanes {
+		lanes = 0
+	}
+	if lanes >= 0 {
+		g.srv.maxLanes = lanes
+	}
 	if err := g.srv.Listen(); err != nil {
 		t.Fatal(err)
 	}

@@ -1,6 +1,8 @@
 package proxy
 
 import (
+	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"math"
@@ -50,6 +52,13 @@ type lane struct {
 	events  [laneEvents]unix.EpollEvent
 	buf     [laneBuffer]byte
 	spare   []*setup
+	current *coroutine // runs; nil: the lane itself does
+	again   []func()   // to be done after the events that are at hand
+
+	coroutines []*coroutine // that wait for a request
+	head       bytes.Reader // what heads reads
+	heads      *bufio.Reader
+
 	now     time.Time // when this turn began
 	swept   time.Time
 	every   time.Duration // between sweeps
@@ -67,6 +76,7 @@ type lane struct {
 type slot struct {
 	p    *passage
 	door *door
+	conn *laneConn // to a far side, of a coroutine
 	side side
 	use  uint32 // grows with each use, so that an event for the last one is told from this one's
 }
@@ -93,7 +103,7 @@ const laneInterest = unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLPRI | unix.EPOLLRD
 
 // newLane returns a lane without doors.
 func newLane(s *Server) (*lane, error) {
-	l := &lane{s: s, now: time.Now()}
+	l := &lane{s: s, now: time.Now(), heads: bufio.NewReaderSize(nil, minBuffer)}
 	l.began = l.now
 	l.every = s.shortest() / 8
 	l.every = min(max(l.every, minSweep), maxSweep)
@@ -220,10 +230,21 @@ func (l *lane) run() {
 		for i := range l.events[:n] {
 			l.dispatch(&l.events[i])
 		}
+		l.doAgain()
 		if l.open > 0 && l.now.Sub(l.swept) >= l.every {
 			l.swept = l.now
 			l.sweep()
 		}
+	}
+}
+
+// doAgain gives their turn to those who had to let others go first. Who asks for it
+// meanwhile comes after the next events.
+func (l *lane) doAgain() {
+	all := l.again
+	l.again = nil
+	for _, f := range all {
+		f()
 	}
 }
 
@@ -233,6 +254,9 @@ func (l *lane) await() int {
 	n, _, errno := syscall.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(l.epoll), uintptr(unsafe.Pointer(&l.events[0])), laneEvents, 0, 0, 0)
 	if errno == 0 && n > 0 {
 		return int(n)
+	}
+	if len(l.again) > 0 {
+		return 0
 	}
 	timeout := -1
 	if l.open > 0 {
@@ -257,6 +281,10 @@ func (l *lane) dispatch(ev *unix.EpollEvent) {
 	}
 	if s.door != nil {
 		l.accept(s.door)
+		return
+	}
+	if s.conn != nil {
+		s.conn.happened(ev.Events)
 		return
 	}
 	p := s.p
@@ -350,7 +378,11 @@ func (l *lane) sweep() {
 	now := int64(l.now.Sub(l.began))
 	for i := 0; i < len(l.due); i++ {
 		if l.due[i] <= now {
-			l.do(l.slots[i].p, (*passage).overdue)
+			if c := l.slots[i].conn; c != nil {
+				c.timeOut()
+			} else {
+				l.do(l.slots[i].p, (*passage).overdue)
+			}
 		}
 	}
 }
@@ -407,13 +439,15 @@ func (l *lane) release() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.released, l.asked = true, nil
+	for _, c := range l.coroutines {
+		c.stop()
+	}
 	unix.Close(l.epoll)
 	unix.Close(l.wake)
 }
 
-// openLanes makes lanes: one for each two processors leaves room for everything else.
 func (s *Server) openLanes() {
-	for range max(1, runtime.GOMAXPROCS(0)/2) {
+	for range s.maxLanes {
 		l, err := newLane(s)
 		if err != nil {
 			s.cfg.Logger.Warn().Err(err).Msg("connections are served by goroutines of their own")
@@ -426,7 +460,7 @@ func (s *Server) openLanes() {
 // useLanes has the lanes accept what comes to listener, if they can.
 func (s *Server) useLanes(listener net.Listener) bool {
 	t, ok := listener.(*net.TCPListener)
-	if !ok || s.noLanes {
+	if !ok || s.maxLanes == 0 {
 		return false
 	}
 	if len(s.lanes) == 0 {

@@ -28,7 +28,7 @@ func (g *gate) lanes() (all []*lane) {
 		g.srv.mu.Lock()
 		defer g.srv.mu.Unlock()
 		all = g.srv.lanes
-		return len(all) > 0 || g.srv.noLanes
+		return len(all) > 0 || g.srv.maxLanes == 0
 	})
 	return all
 }

@@ -2,7 +2,11 @@
 
 package proxy
 
-import "net"
+import (
+	"context"
+	"errors"
+	"net"
+)
 
 // Lanes need epoll: elsewhere there are none.
 type lane struct{}
@@ -10,6 +14,16 @@ type lane struct{}
 func (*lane) closeDoors() {}
 func (*lane) cutAll()     {}
 func (*lane) stop()       {}
+
+func (*lane) dialExchange(context.Context, string, string) (net.Conn, error) {
+	return nil, errors.ErrUnsupported
+}
+
+type visit struct{}
+
+func (*visit) decline() {}
+
+func (c *clientConn) lane() *lane { return nil }
 
 type passage struct{}
 

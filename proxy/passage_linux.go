@@ -25,6 +25,7 @@ const (
 	readingHello        // the client's first bytes
 	relaying            // whatever either side has to say
 	lingering           // the client's end, after an answer
+	forwarding          // what the coroutine of its visit waits for
 	closed              // nothing: it is no longer the lane's
 )
 
@@ -47,6 +48,7 @@ type passage struct {
 	lane    *lane
 	setup   *setup  // until it is a tunnel
 	t       *tunnel // from then on
+	visit   *visit  // of plain HTTP; nil: it is none
 	end     relay.End
 	phase   uint8
 	pending [2]bool // by side: something happened that was not looked at
@@ -144,6 +146,8 @@ func (p *passage) serve(s side, events uint32) {
 		said  = unix.EPOLLIN | final
 	)
 	switch p.phase {
+	case forwarding:
+		p.visit.happened(events)
 	case readingHead:
 		p.pending[s] = events&final != 0
 		if events&said != 0 {
@@ -192,8 +196,16 @@ func (p *passage) readHead() {
 	raw := l.buf[:n]
 	var lines headLines
 	end, err := lines.end(raw, false)
-	if err != nil || end != n || n > l.s.cfg.Limits.HeaderBytes || !bytes.HasPrefix(raw, []byte("CONNECT ")) {
-		p.giveToHeads(raw, nil)
+	switch {
+	case err != nil || end != n || n > l.s.cfg.Limits.HeaderBytes:
+		p.giveRequest(raw)
+		return
+	case p.visit != nil || !bytes.HasPrefix(raw, []byte("CONNECT ")):
+		if r := l.plainRequest(raw); r != nil {
+			p.forward(r, raw)
+		} else {
+			p.giveRequest(raw)
+		}
 		return
 	}
 	h, err := parseHead(raw)
@@ -203,6 +215,15 @@ func (p *passage) readHead() {
 	}
 	p.setup.head = append(p.setup.head, raw...)
 	p.open(&h)
+}
+
+// giveRequest gives a client's connection away, with what was read of a request.
+func (p *passage) giveRequest(raw []byte) {
+	if p.visit != nil {
+		p.giveToHTTP(raw)
+	} else {
+		p.giveToHeads(raw, nil)
+	}
 }
 
 // open decides about a CONNECT and begins to connect to the far side, where both are
@@ -508,6 +529,8 @@ func (p *passage) overdue() {
 	switch p.phase {
 	case readingHead: // nobody has asked for anything
 		p.leave()
+	case forwarding:
+		p.visit.overdue()
 	case connecting:
 		u := p.setup
 		if p.pending[clientSide] && hasLeftFD(p.fd[clientSide], false, false) {
@@ -599,6 +622,10 @@ func (p *passage) gone(err error) {
 // cutShort ends what is not a tunnel yet because the time of the whole server is over.
 func (p *passage) cutShort() {
 	switch u := p.setup; p.phase {
+	case forwarding: // which emits the event
+		p.visit.conn.closing.Store(true)
+		p.visit.cut()
+		return
 	case connecting:
 		p.refuse(connectFailed(u.t.decision, errDraining))
 	case readingHello:
@@ -641,6 +668,10 @@ func (p *passage) leave() {
 	if p.t != nil {
 		p.t.passage.Store(nil)
 		p.t = nil
+	}
+	if p.visit != nil {
+		p.visit.end()
+		p.visit = nil
 	}
 	l.open--
 	l.s.descriptors.release()

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -154,7 +155,7 @@ type Server struct {
 
 	inherited struct{ plain, secure []net.Listener } // for Listen
 	lanes     []*lane
-	noLanes   bool           // every connection has goroutines of its own; for tests
+	maxLanes  int            // 0: every connection has goroutines of its own
 	laneWG    sync.WaitGroup // goroutines of lanes
 	listeners []net.Listener
 	addrs     []netip.AddrPort // of listeners
@@ -197,6 +198,7 @@ func New(cfg Config) *Server {
 		rates:       newRates(cfg.Limits.ConnectionsPerSecond, cfg.Limits.ConnectionsBurst),
 		crowd:       crowd{limit: cfg.Limits.ConnectionsPerSource, open: make(map[netip.Addr]int)},
 		descriptors: newDescriptors(),
+		maxLanes:    max(1, runtime.GOMAXPROCS(0)/2), // leaves room for everything else
 	}
 	s.ways.Store(newWays(&cfg.Routes, cfg.Resolver))
 	s.life, s.cut = context.WithCancel(context.Background())
@@ -461,6 +463,7 @@ func (s *Server) shutdown(ctx context.Context) error {
 	if !stop() {
 		<-cut
 	}
+	s.pools.retire() // lanes close what is theirs
 	s.eachLane((*lane).stop)
 	s.laneWG.Wait()
 	s.cut()

@@ -12,6 +12,9 @@ const canProbe = true
 // silent reports whether nothing has come from the far side, not even its end. It
 // does not wait. If something has, the connection is of no use any more.
 func (c *upstreamConn) silent() bool {
+	if l, ok := c.Conn.(*laneConn); ok {
+		return l.silent()
+	}
 	if c.raw == nil {
 		tcp, ok := c.Conn.(*net.TCPConn)
 		if !ok {
