@@ -21,7 +21,8 @@ type plainWriter struct {
 	header   http.Header
 	head     bool // the request is HEAD
 	close    bool // the connection ends after the response
-	begun    bool // the final head is written
+	status   int  // of the final head; 0: not known yet
+	begun    bool // it is written
 	ended    bool // so is everything
 	bodiless bool // the response has no body, whatever its fields say
 	chunked  bool
@@ -51,27 +52,40 @@ func (w *plainWriter) release() {
 
 func (w *plainWriter) Header() http.Header { return w.header }
 
-// WriteHeader writes the head; of a 1xx response at once.
+// WriteHeader takes the final status, with which the header is complete. A 1xx response
+// is sent at once.
 func (w *plainWriter) WriteHeader(status int) {
-	if w.begun {
+	if w.status != 0 {
 		return
 	}
 	if w.w == nil {
 		w.w = requestWriters.Get().(*bufio.Writer)
 		w.w.Reset(w.to)
 	}
+	if status >= http.StatusOK {
+		w.status = status
+		w.frame()
+		return
+	}
 	w.statusLine(status)
-	if status < http.StatusOK {
-		w.header.WriteSubset(w.w, noFraming)
-		w.w.WriteString("\r\n")
-		w.note(w.w.Flush())
+	w.header.WriteSubset(w.w, noFraming)
+	w.w.WriteString("\r\n")
+	w.note(w.w.Flush())
+}
+
+// begin writes the head, once.
+func (w *plainWriter) begin() {
+	if w.status == 0 {
+		w.WriteHeader(http.StatusOK)
+	}
+	if w.begun {
 		return
 	}
 	w.begun = true
-	w.frame(status)
+	w.statusLine(w.status)
 	var skipped map[string]bool
 	switch {
-	case status == http.StatusNotModified:
+	case w.status == http.StatusNotModified:
 		skipped = notOf304
 	case w.bodiless || w.chunked:
 		skipped = noFraming
@@ -105,8 +119,8 @@ func (w *plainWriter) statusLine(status int) {
 
 // frame finds out how the response's end will be told (RFC 9112, section 6), and whether
 // the connection's comes after it.
-func (w *plainWriter) frame(status int) {
-	h := w.header
+func (w *plainWriter) frame() {
+	h, status := w.header, w.status
 	w.bodiless = status == http.StatusNoContent || status == http.StatusNotModified
 	if vs := h["Content-Length"]; len(vs) > 0 {
 		n, err := strconv.ParseInt(vs[0], 10, 64)
@@ -135,10 +149,14 @@ func (w *plainWriter) frame(status int) {
 	}
 }
 
-var closeField = []string{"close"}
+// Values of fields, which nobody changes.
+var (
+	closeField = []string{"close"}
+	noContent  = []string{"0"}
+)
 
 func (w *plainWriter) Write(b []byte) (int, error) {
-	if !w.begun {
+	if w.status == 0 {
 		w.WriteHeader(http.StatusOK)
 	}
 	switch {
@@ -153,6 +171,7 @@ func (w *plainWriter) Write(b []byte) (int, error) {
 	if w.head || len(b) == 0 {
 		return len(b), nil
 	}
+	w.begin()
 	if w.chunked {
 		var size [16]byte
 		w.w.Write(strconv.AppendUint(size[:0], uint64(len(b)), 16))
@@ -175,9 +194,7 @@ func (w *plainWriter) note(err error) {
 
 // Flush sends what is buffered.
 func (w *plainWriter) Flush() {
-	if !w.begun {
-		w.WriteHeader(http.StatusOK)
-	}
+	w.begin()
 	w.note(w.w.Flush())
 }
 
@@ -185,10 +202,11 @@ var errShortBody = errors.New("the body is shorter than announced")
 
 // end ends the response, and reports whether another request may follow.
 func (w *plainWriter) end() (again bool) {
-	if !w.begun {
-		w.header["Content-Length"] = []string{"0"}
-		w.WriteHeader(http.StatusOK)
+	if !w.begun && w.chunked && len(w.header["Trailer"]) == 0 {
+		w.chunked, w.length = false, 0
+		w.header["Content-Length"] = noContent
 	}
+	w.begin()
 	if w.length >= 0 && w.written < w.length && !w.bodiless && !w.head {
 		w.note(errShortBody)
 	}
