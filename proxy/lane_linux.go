@@ -510,6 +510,16 @@ func (s *Server) inLanes() (n int) {
 func readFD(fd int, b []byte) (int, error)  { return moveFD(unix.SYS_READ, fd, b) }
 func writeFD(fd int, b []byte) (int, error) { return moveFD(unix.SYS_WRITE, fd, b) }
 
+// lastWordsFD is writeFD before shutdownFD, with which the kernel sends b: the end goes in
+// the same segment.
+func lastWordsFD(fd int, b []byte) (int, error) {
+	n, _, errno := syscall.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), unix.MSG_MORE|unix.MSG_NOSIGNAL, 0, 0)
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(n), nil
+}
+
 func moveFD(call uintptr, fd int, b []byte) (int, error) {
 	for {
 		n, _, errno := syscall.RawSyscall(call, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))

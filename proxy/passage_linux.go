@@ -581,19 +581,27 @@ const probeAfter = 5 * time.Second
 
 // refuse tells the client of r, emits the event, and closes.
 func (p *passage) refuse(r *refusal) {
-	l, c := p.lane, &p.setup.c
+	c := &p.setup.c
 	p.closeSide(farSide)
 	said := c.words(r)
-	n, err := writeFD(p.fd[clientSide], said)
+	n, err := lastWordsFD(p.fd[clientSide], said)
 	c.finish(r.decision, r.err)
 	if err != nil || n < len(said) {
 		p.leave()
 		return
 	}
+	p.awaitEnd()
+}
+
+// awaitEnd ends what is said to the client, and waits for its end.
+func (p *passage) awaitEnd() {
+	l := p.lane
 	shutdownFD(p.fd[clientSide])
 	p.phase = lingering
 	p.lookAt(l.now.Add(lingerTime))
-	p.linger()
+	if p.pending[clientSide] { // else there will be an event
+		p.linger()
+	}
 }
 
 // linger discards what a refused client still sends: a close with bytes unread would

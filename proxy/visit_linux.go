@@ -114,10 +114,7 @@ func (v *visit) served() {
 	case !v.keep && !v.out.ended, v.conn.closing.Load(), l.s.draining.Load() && v.keep:
 		p.leave()
 	case !v.keep:
-		shutdownFD(p.fd[clientSide])
-		p.phase = lingering
-		p.lookAt(l.now.Add(lingerTime))
-		p.linger()
+		p.awaitEnd()
 	default:
 		p.phase = readingHead
 		p.lookAt(l.now.Add(l.s.cfg.Timeouts.Idle))
