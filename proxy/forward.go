@@ -38,6 +38,9 @@ const (
 	expectPatience = time.Second
 )
 
+// minBulk is from how many bytes on it is worth it to have the rest of a body relayed.
+const minBulk = 1 << 20
+
 var copyBuffers = sync.Pool{New: func() any { return new([copySize]byte) }}
 
 // exchangeKey finds the exchange in a request's context.
@@ -635,6 +638,11 @@ func (ex *exchange) ReadFrom(src io.Reader) (n int64, err error) {
 	buf := copyBuffers.Get().(*[copySize]byte)
 	defer copyBuffers.Put(buf)
 	for {
+		if v := ex.client.visit; v != nil && ex.length-ex.written >= minBulk {
+			if m, err := v.relayRest(ex); m > 0 || err != nil {
+				return n + m, err
+			}
+		}
 		m, rerr := src.Read(buf[:])
 		if m > 0 {
 			w, werr := ex.ResponseWriter.Write(buf[:m])

@@ -23,6 +23,8 @@ type visit struct{}
 
 func (*visit) decline() {}
 
+func (*visit) relayRest(*exchange) (int64, error) { return 0, nil }
+
 func (c *clientConn) lane() *lane { return nil }
 
 type passage struct{}

@@ -30,6 +30,7 @@ type laneConn struct {
 
 	readBy, writeBy time.Time // deadlines; zero: none
 	closing         atomic.Bool
+	lent            atomic.Pointer[net.TCPConn] // it is not in the lane, for a while; nil: it is
 }
 
 const (
@@ -53,9 +54,7 @@ func (c *laneConn) happened(events uint32) {
 func (c *laneConn) wake() {
 	w := c.waiter
 	c.waiter, c.until = nil, time.Time{}
-	if c.fd >= 0 {
-		c.arm()
-	}
+	c.arm()
 	c.lane.resume(w)
 }
 
@@ -85,6 +84,9 @@ func (c *laneConn) await(events uint32, deadline time.Time) error {
 
 // arm sets when to look at c next.
 func (c *laneConn) arm() {
+	if c.fd < 0 {
+		return
+	}
 	at := c.until
 	if v := c.visit; v != nil {
 		at = v.nextLook(at)
@@ -146,7 +148,57 @@ func (c *laneConn) Close() error {
 	if c.closing.Swap(true) {
 		return net.ErrClosed
 	}
+	if lent := c.lent.Load(); lent != nil {
+		lent.Close()
+	}
 	c.lane.post(c.close)
+	return nil
+}
+
+// lend takes c out of the lane, until takeBack. It returns nil, and c is closed, if there
+// are no descriptors for that.
+func (c *laneConn) lend() *net.TCPConn {
+	fd := c.fd
+	c.fd = -1
+	c.lane.unwatch(fd)
+	c.lane.giveBack(c.slot)
+	conn, err := connOf(fd)
+	if err != nil {
+		c.closing.Store(true)
+		return nil
+	}
+	c.lent.Store(conn)
+	if c.closing.Load() { // it was not seen yet
+		conn.Close()
+	}
+	return conn
+}
+
+// unlend closes c, which is lent if there were descriptors for that.
+func (c *laneConn) unlend() {
+	c.closing.Store(true)
+	if lent := c.lent.Swap(nil); lent != nil {
+		lent.Close()
+	}
+}
+
+// takeBack has c in the lane again, unless it is to be closed.
+func (c *laneConn) takeBack() error {
+	lent := c.lent.Swap(nil)
+	defer lent.Close()
+	if c.closing.Load() {
+		return net.ErrClosed
+	}
+	s := slot{conn: c}
+	if c.visit != nil {
+		s = slot{p: c.visit.passage}
+	}
+	fd, i, err := c.lane.adoptFD(lent, s)
+	if err != nil {
+		c.closing.Store(true)
+		return err
+	}
+	c.fd, c.slot, c.readable, c.final = fd, i, false, false
 	return nil
 }
 
@@ -190,23 +242,31 @@ func (c *laneConn) LocalAddr() net.Addr { return &net.TCPAddr{} }
 // adopt makes a laneConn of c, which it takes over.
 func (l *lane) adopt(c *net.TCPConn) (*laneConn, error) {
 	defer c.Close()
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	fd := -1
-	cerr := raw.Control(func(n uintptr) { fd, err = unix.FcntlInt(n, unix.F_DUPFD_CLOEXEC, 0) })
-	if err = errors.Join(err, cerr); err != nil {
-		return nil, err
-	}
-	a := &laneConn{lane: l, fd: fd, remote: remoteAddr(c)}
-	a.slot = l.take(slot{conn: a})
-	if err := l.watch(fd, a.slot, laneInterest); err != nil {
-		closeFD(fd)
-		l.giveBack(a.slot)
+	a := &laneConn{lane: l, remote: remoteAddr(c)}
+	var err error
+	if a.fd, a.slot, err = l.adoptFD(c, slot{conn: a}); err != nil {
 		return nil, err
 	}
 	return a, nil
+}
+
+// adoptFD has the lane watch a descriptor of its own for c, as s.
+func (l *lane) adoptFD(c *net.TCPConn, s slot) (fd int, i uint32, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return -1, 0, err
+	}
+	cerr := raw.Control(func(n uintptr) { fd, err = unix.FcntlInt(n, unix.F_DUPFD_CLOEXEC, 0) })
+	if err = errors.Join(err, cerr); err != nil {
+		return -1, 0, err
+	}
+	i = l.take(s)
+	if err := l.watch(fd, i, laneInterest); err != nil {
+		closeFD(fd)
+		l.giveBack(i)
+		return -1, 0, err
+	}
+	return fd, i, nil
 }
 
 // dialExchange is Server.dialExchange for an exchange in l.

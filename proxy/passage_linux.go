@@ -630,9 +630,7 @@ func (p *passage) gone(err error) {
 // cutShort ends what is not a tunnel yet because the time of the whole server is over.
 func (p *passage) cutShort() {
 	switch u := p.setup; p.phase {
-	case forwarding: // which emits the event
-		p.visit.conn.closing.Store(true)
-		p.visit.cut()
+	case forwarding: // closeVisits does that
 		return
 	case connecting:
 		p.refuse(connectFailed(u.t.decision, errDraining))

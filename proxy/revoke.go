@@ -28,6 +28,17 @@ func (cs *clients) remove(c *clientConn) {
 	delete(cs.live, c)
 }
 
+// closeVisits closes the connections that lanes serve, which http.Server does not know.
+func (cs *clients) closeVisits() {
+	cs.mu.Lock()
+	defer cs.mu.Unlock()
+	for c := range cs.live {
+		if c.visit != nil {
+			c.Conn.Close()
+		}
+	}
+}
+
 // each calls f with every exchange under way, without the lock.
 func (cs *clients) each(f func(*liveExchange)) {
 	cs.mu.Lock()

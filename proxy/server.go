@@ -482,6 +482,7 @@ func (s *Server) cutAll() {
 	s.tunnels.each((*tunnel).cut)
 	s.http.Close()
 	s.clients.each((*liveExchange).leave) // those too whose connections nobody watches
+	s.clients.closeVisits()
 }
 
 // Stats returns a snapshot.

@@ -3,6 +3,9 @@ package proxy
 import (
 	"bytes"
 	"context"
+	"errors"
+	"fmt"
+	"io"
 	"net/http"
 	"net/netip"
 	"time"
@@ -12,6 +15,7 @@ import (
 
 	"sallyport/policy"
 	"sallyport/policy/event"
+	"sallyport/proxy/relay"
 )
 
 // A visit is a client's connection of plain HTTP in a lane. Its passage reads the heads,
@@ -96,6 +100,65 @@ func (v *visit) serve() {
 	v.out.reset(&v.client.idleConn, v.request)
 	s.serveExchange(&v.client, &v.out, v.request)
 	v.keep = v.declined || v.out.end()
+}
+
+// relayRest has the rest of ex's response relayed by a goroutine, whose pipes are better at
+// it, and which keeps nobody in the lane waiting. It returns 0 and no error if it cannot.
+func (v *visit) relayRest(ex *exchange) (n int64, err error) {
+	b, ok := ex.answer.ReadCloser.(*carried)
+	if !ok || b.conn == nil {
+		return 0, nil
+	}
+	in, rest := &b.conn.in, ex.length-ex.written
+	far, ok := b.conn.Conn.(*laneConn)
+	if !ok || b.conn.reader.Buffered() > 0 || len(in.held) > 0 || in.state != inBody || in.left != uint64(rest) {
+		return 0, nil
+	}
+	if v.out.Flush(); v.out.err != nil {
+		return 0, nil // a Write says it
+	}
+	var toClient bool
+	n, toClient, err = v.lendBoth(far, rest, relay.Options{Idle: b.conn.idle, Down: ex.totalDown()})
+	ex.down.Add(n)
+	ex.written += n
+	v.out.written += n
+	in.left -= uint64(n)
+	switch {
+	case err == nil:
+		in.state = atHead
+		ex.answer.ended.Store(true)
+		b.end(io.EOF)
+	case toClient:
+		ex.broken = fmt.Errorf("response to the client: %w", err)
+	default:
+		ex.broken = b.end(err)
+		err = ex.broken
+	}
+	return n, err
+}
+
+// lendBoth has the next n bytes of far relayed to the client outside of the lane.
+func (v *visit) lendBoth(far *laneConn, n int64, o relay.Options) (moved int64, toClient bool, err error) {
+	p := v.passage
+	from, to := far.lend(), v.conn.lend()
+	p.fd[clientSide] = -1
+	if from == nil || to == nil {
+		far.unlend()
+		v.conn.unlend()
+		return 0, true, errDescriptors
+	}
+	there := newPresence(to, &v.client.live)
+	v.client.live.mu.Lock()
+	there.begin()
+	v.client.live.mu.Unlock()
+	v.coroutine.elsewhere(func() { moved, toClient, err = relay.CopyN(to, from, n, o) })
+	there.end()
+	ferr, cerr := far.takeBack(), v.conn.takeBack()
+	p.fd[clientSide], p.slot[clientSide] = v.conn.fd, v.conn.slot
+	if err == nil {
+		err = errors.Join(ferr, cerr)
+	}
+	return moved, toClient, err
 }
 
 // decline says that the request is to be served by others, who begin anew.

@@ -46,6 +46,8 @@ var replies = []string{
 	"HTTP/1.1 200 OK\r\nX: \x01\r\nContent-Length: 2\r\n\r\nok|",
 	"|",
 	"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + strings.Repeat("0123456789", 30000),
+	"HTTP/1.1 200 OK\r\nContent-Length: 3000000\r\n\r\n" + strings.Repeat("0123456789", 300000),
+	"HTTP/1.1 200 OK\r\nContent-Length: 3000001\r\n\r\n" + strings.Repeat("0123456789", 300000) + "|",
 	"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + strings.Repeat("3e8\r\n"+strings.Repeat("0123456789", 100)+"\r\n", 600) + "0\r\n\r\n",
 }
 

@@ -18,6 +18,7 @@ package relay
 import (
 	"errors"
 	"io"
+	"math"
 	"net"
 	"os"
 	"sync"
@@ -177,8 +178,8 @@ type tunnel struct {
 // takes no stack while Relay waits.
 func newTunnel(client, upstream net.Conn, o Options) *tunnel {
 	t := &tunnel{client: client, upstream: upstream, idle: o.Idle, start: time.Now(), running: 2}
-	t.up = half{t: t, src: client, dst: upstream, from: clientSide, to: upstreamSide, live: o.Up, first: o.UpFirst}
-	t.down = half{t: t, src: upstream, dst: client, from: upstreamSide, to: clientSide, live: o.Down, first: o.DownFirst}
+	t.up = half{t: t, src: client, dst: upstream, from: clientSide, to: upstreamSide, left: math.MaxInt64, live: o.Up, first: o.UpFirst}
+	t.down = half{t: t, src: upstream, dst: client, from: upstreamSide, to: clientSide, left: math.MaxInt64, live: o.Down, first: o.DownFirst}
 	if t.idle > 0 {
 		t.mu.Lock()
 		t.timer = time.AfterFunc(t.idle, t.expire)
@@ -192,6 +193,7 @@ type half struct {
 	t        *tunnel
 	src, dst net.Conn
 	from, to side
+	left     int64         // bytes of src to be moved yet
 	n        int64         // bytes written to dst
 	live     *atomic.Int64 // the same for onlookers, or nil
 	first    []byte        // goes to dst before what src has; nil once it did

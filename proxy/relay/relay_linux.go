@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"io"
 	"net"
 	"os"
 	"runtime"
@@ -63,6 +64,31 @@ func (h *half) move() (at side, err error) {
 	return at, err
 }
 
+// CopyN moves the next n bytes of src to dst, more than none, in the way of Relay, and
+// returns how many dst took. If it was fewer the error says why, toDst that it is about
+// dst, and the connections are only good for Close. Of o, Idle bounds each wait for
+// either, and Down counts. Who closes src or dst meanwhile ends it, or has to close both
+// to be sure.
+func CopyN(dst, src *net.TCPConn, n int64, o Options) (moved int64, toDst bool, err error) {
+	t := newTunnel(dst, src, o)
+	h := &t.down
+	h.left = n
+	at, err := h.move()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.running = 0
+	if t.timer != nil {
+		t.timer.Stop()
+	}
+	switch {
+	case t.end == IdleTimeout:
+		err = os.ErrDeadlineExceeded
+	case err == nil && h.n < n:
+		err = io.ErrUnexpectedEOF
+	}
+	return h.n, at == h.to, err
+}
+
 // stream is one direction between two TCP connections. It alternates between
 // fill, which waits for src to become readable and takes what is there into
 // either the buffer or the pipe, and drain, which waits until dst has taken all
@@ -111,13 +137,16 @@ func (s *stream) run() (at side, err error) {
 		if s.err != nil {
 			return s.to, opError("write", s.half.dst, s.err)
 		}
+		if s.left == 0 {
+			return s.from, nil
+		}
 	}
 }
 
 // fill takes what src has, up to a buffer or a pipe full.
 func (s *stream) fill(fd uintptr) (done bool) {
 	if s.bulk && s.borrowPipe() {
-		n, err := spliced(int(fd), s.pipe.w, pipeSize)
+		n, err := spliced(int(fd), s.pipe.w, int(min(pipeSize, s.left)))
 		switch {
 		case n > 0:
 			s.inPipe = n
@@ -137,7 +166,7 @@ func (s *stream) fill(fd uintptr) (done bool) {
 		s.bulk = false
 	}
 	s.returnPipe()
-	n, err := s.read(int(fd))
+	n, err := s.read(int(fd), int(min(bufSize, s.left)))
 	if err == unix.EAGAIN {
 		s.release()
 		return false
@@ -180,18 +209,18 @@ func (s *stream) put(fd int) (n int, err error) {
 		}
 		s.noSplice, s.bulk = true, false
 	}
-	n, err = s.read(s.pipe.r) // dst cannot splice: take the bytes out again
+	n, err = s.read(s.pipe.r, bufSize) // dst cannot splice: take the bytes out again
 	s.inPipe -= n
 	return 0, err
 }
 
-// read reads into the buffer.
-func (s *stream) read(fd int) (n int, err error) {
+// read reads limit bytes at most into the buffer.
+func (s *stream) read(fd, limit int) (n int, err error) {
 	if s.buf == nil {
 		s.buf = buffers.Get().(*[bufSize]byte)
 	}
 	for {
-		n, err = unix.Read(fd, s.buf[:])
+		n, err = unix.Read(fd, s.buf[:limit])
 		if err != unix.EINTR {
 			break
 		}
@@ -213,6 +242,7 @@ func spliced(from, to, limit int) (n int, err error) {
 
 // weigh decides from the size of a chunk how the next one is to be moved.
 func (s *stream) weigh(n int) {
+	s.left -= int64(n)
 	if full := n >= bufSize; full == s.bulk || s.noSplice {
 		s.contrary = 0
 		return
