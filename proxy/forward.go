@@ -38,7 +38,7 @@ const (
 	expectPatience = time.Second
 )
 
-// minBulk is from how many bytes on it is worth it to have the rest of a body relayed.
+// minBulk is how many bytes of a body are worth a goroutine in place of the lane.
 const minBulk = 1 << 20
 
 var copyBuffers = sync.Pool{New: func() any { return new([copySize]byte) }}
@@ -637,33 +637,47 @@ var _ io.ReaderFrom = (*exchange)(nil) // io.Copy looks for it
 func (ex *exchange) ReadFrom(src io.Reader) (n int64, err error) {
 	buf := copyBuffers.Get().(*[copySize]byte)
 	defer copyBuffers.Put(buf)
-	for {
-		if v := ex.client.visit; v != nil && ex.length-ex.written >= minBulk {
-			if m, err := v.relayRest(ex); m > 0 || err != nil {
-				return n + m, err
-			}
+	v := ex.client.visit
+	for err == nil {
+		var m int64
+		switch {
+		case v != nil && ex.length-ex.written >= minBulk:
+			m, err = v.relayRest(ex, src, buf[:])
+		case v != nil && ex.length < 0 && ex.written >= minBulk:
+			m, err = v.copyRest(ex, src, buf[:])
+		default:
+			m, err = ex.copyPiece(src, buf[:])
 		}
-		m, rerr := src.Read(buf[:])
-		if m > 0 {
-			w, werr := ex.ResponseWriter.Write(buf[:m])
-			n += int64(w)
-			ex.written += int64(w)
-			if werr != nil {
-				if ex.broken == nil {
-					ex.broken = fmt.Errorf("response to the client: %w", werr)
-				}
-				return n, werr
-			}
-			if ex.written != ex.length {
-				ex.Flush()
-			}
-		}
-		if rerr == io.EOF {
-			return n, nil
-		}
-		if rerr != nil {
-			return n, rerr
-		}
+		n += m
+	}
+	if err == io.EOF {
+		return n, nil
+	}
+	return n, err
+}
+
+// copyPiece copies what a Read returns. After the last one the error is io.EOF.
+func (ex *exchange) copyPiece(src io.Reader, buf []byte) (n int64, err error) {
+	m, err := src.Read(buf)
+	if m == 0 {
+		return 0, err
+	}
+	w, werr := ex.ResponseWriter.Write(buf[:m])
+	ex.written += int64(w)
+	if werr != nil {
+		ex.refused(werr)
+		return int64(w), werr
+	}
+	if ex.written != ex.length {
+		ex.Flush()
+	}
+	return int64(w), err
+}
+
+// refused notes that the client's connection does not take the response.
+func (ex *exchange) refused(err error) {
+	if ex.broken == nil {
+		ex.broken = fmt.Errorf("response to the client: %w", err)
 	}
 }
 

@@ -5,6 +5,7 @@ package proxy
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 )
 
@@ -23,7 +24,8 @@ type visit struct{}
 
 func (*visit) decline() {}
 
-func (*visit) relayRest(*exchange) (int64, error) { return 0, nil }
+func (*visit) relayRest(*exchange, io.Reader, []byte) (int64, error) { return 0, errors.ErrUnsupported }
+func (*visit) copyRest(*exchange, io.Reader, []byte) (int64, error)  { return 0, errors.ErrUnsupported }
 
 func (c *clientConn) lane() *lane { return nil }
 

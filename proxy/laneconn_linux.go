@@ -99,6 +99,9 @@ func (c *laneConn) arm() {
 }
 
 func (c *laneConn) Read(b []byte) (int, error) {
+	if lent := c.lent.Load(); lent != nil {
+		return lent.Read(b)
+	}
 	for {
 		if c.closing.Load() {
 			return 0, net.ErrClosed
@@ -124,6 +127,9 @@ func (c *laneConn) Read(b []byte) (int, error) {
 }
 
 func (c *laneConn) Write(b []byte) (n int, err error) {
+	if lent := c.lent.Load(); lent != nil {
+		return lent.Write(b)
+	}
 	for {
 		if c.closing.Load() {
 			return n, net.ErrClosed
@@ -182,12 +188,18 @@ func (c *laneConn) unlend() {
 	}
 }
 
-// takeBack has c in the lane again, unless it is to be closed.
-func (c *laneConn) takeBack() error {
+// moveDeadlines has those of c hold for to, which it is lent as.
+func (c *laneConn) moveDeadlines(to *net.TCPConn) {
+	to.SetReadDeadline(c.readBy)
+	to.SetWriteDeadline(c.writeBy)
+}
+
+// takeBack has c in the lane again, unless it is to be closed, or cannot be.
+func (c *laneConn) takeBack() {
 	lent := c.lent.Swap(nil)
 	defer lent.Close()
 	if c.closing.Load() {
-		return net.ErrClosed
+		return
 	}
 	s := slot{conn: c}
 	if c.visit != nil {
@@ -196,10 +208,9 @@ func (c *laneConn) takeBack() error {
 	fd, i, err := c.lane.adoptFD(lent, s)
 	if err != nil {
 		c.closing.Store(true)
-		return err
+		return
 	}
 	c.fd, c.slot, c.readable, c.final = fd, i, false, false
-	return nil
 }
 
 // close closes c now, in the lane. A client's connection is closed with its passage.
@@ -226,12 +237,24 @@ func (c *laneConn) silent() bool {
 	return errors.Is(err, unix.EAGAIN)
 }
 
-func (c *laneConn) SetReadDeadline(t time.Time) error  { c.readBy = t; return nil }
-func (c *laneConn) SetWriteDeadline(t time.Time) error { c.writeBy = t; return nil }
+func (c *laneConn) SetReadDeadline(t time.Time) error {
+	c.readBy = t
+	if lent := c.lent.Load(); lent != nil {
+		return lent.SetReadDeadline(t)
+	}
+	return nil
+}
+
+func (c *laneConn) SetWriteDeadline(t time.Time) error {
+	c.writeBy = t
+	if lent := c.lent.Load(); lent != nil {
+		return lent.SetWriteDeadline(t)
+	}
+	return nil
+}
 
 func (c *laneConn) SetDeadline(t time.Time) error {
-	c.readBy, c.writeBy = t, t
-	return nil
+	return errors.Join(c.SetReadDeadline(t), c.SetWriteDeadline(t))
 }
 
 func (c *laneConn) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(c.remote) }

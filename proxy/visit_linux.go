@@ -3,9 +3,8 @@ package proxy
 import (
 	"bytes"
 	"context"
-	"errors"
-	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/netip"
 	"time"
@@ -102,63 +101,102 @@ func (v *visit) serve() {
 	v.keep = v.declined || v.out.end()
 }
 
-// relayRest has the rest of ex's response relayed by a goroutine, whose pipes are better at
-// it, and which keeps nobody in the lane waiting. It returns 0 and no error if it cannot.
-func (v *visit) relayRest(ex *exchange) (n int64, err error) {
-	b, ok := ex.answer.ReadCloser.(*carried)
-	if !ok || b.conn == nil {
-		return 0, nil
-	}
-	in, rest := &b.conn.in, ex.length-ex.written
-	far, ok := b.conn.Conn.(*laneConn)
-	if !ok || b.conn.reader.Buffered() > 0 || len(in.held) > 0 || in.state != inBody || in.left != uint64(rest) {
-		return 0, nil
+// relayRest has the rest of ex's response, of known length, relayed by a goroutine: its
+// pipes are better at that, and the lane has time for others. The error is io.EOF when all
+// is done. If it cannot, a piece is copied.
+func (v *visit) relayRest(ex *exchange, src io.Reader, buf []byte) (n int64, err error) {
+	b, far := ex.carriedInLane()
+	rest := ex.length - ex.written
+	if far == nil || !b.conn.left(rest) {
+		return ex.copyPiece(src, buf)
 	}
 	if v.out.Flush(); v.out.err != nil {
-		return 0, nil // a Write says it
+		return ex.copyPiece(src, buf) // which says so
 	}
 	var toClient bool
-	n, toClient, err = v.lendBoth(far, rest, relay.Options{Idle: b.conn.idle, Down: ex.totalDown()})
+	if !v.outside(far, func(to, from *net.TCPConn) {
+		n, toClient, err = relay.CopyN(to, from, rest, relay.Options{Idle: b.conn.idle, Down: ex.totalDown()})
+	}) {
+		toClient, err = true, errDescriptors
+	}
 	ex.down.Add(n)
 	ex.written += n
 	v.out.written += n
-	in.left -= uint64(n)
 	switch {
 	case err == nil:
-		in.state = atHead
+		b.conn.in.left, b.conn.in.state = 0, atHead
 		ex.answer.ended.Store(true)
-		b.end(io.EOF)
+		return n, b.end(io.EOF)
 	case toClient:
-		ex.broken = fmt.Errorf("response to the client: %w", err)
+		ex.refused(err)
 	default:
-		ex.broken = b.end(err)
-		err = ex.broken
+		err = b.end(err)
+		ex.broken = err
 	}
 	return n, err
 }
 
-// lendBoth has the next n bytes of far relayed to the client outside of the lane.
-func (v *visit) lendBoth(far *laneConn, n int64, o relay.Options) (moved int64, toClient bool, err error) {
+// left reports whether the rest of a message is n bytes, none of which was read.
+func (c *upstreamConn) left(n int64) bool {
+	return c.reader.Buffered() == 0 && len(c.in.held) == 0 && c.in.state == inBody && c.in.left == uint64(n)
+}
+
+// copyRest has the rest of ex's response, of unknown length, copied by a goroutine. The
+// connection to the far side is not used again. The error is io.EOF when all is done.
+func (v *visit) copyRest(ex *exchange, src io.Reader, buf []byte) (n int64, err error) {
+	b, far := ex.carriedInLane()
+	if far == nil {
+		return ex.copyPiece(src, buf)
+	}
+	b.keep = false
+	if !v.outside(far, func(to, from *net.TCPConn) {
+		v.conn.moveDeadlines(to)
+		far.moveDeadlines(from)
+		for err == nil {
+			var m int64
+			m, err = ex.copyPiece(src, buf)
+			n += m
+		}
+	}) {
+		err = errDescriptors
+		ex.refused(err)
+	}
+	return n, err
+}
+
+// carriedInLane returns what ex's response comes from, and the connection if that is in
+// its client's lane, else nil.
+func (ex *exchange) carriedInLane() (*carried, *laneConn) {
+	b, ok := ex.answer.ReadCloser.(*carried)
+	if !ok || b.conn == nil {
+		return nil, nil
+	}
+	far, _ := b.conn.Conn.(*laneConn)
+	return b, far
+}
+
+// outside has f done in a goroutine, with the connections of the client and the far side
+// out of the lane meanwhile. It reports false if there are no descriptors for that: they
+// are closed then.
+func (v *visit) outside(far *laneConn, f func(to, from *net.TCPConn)) bool {
 	p := v.passage
 	from, to := far.lend(), v.conn.lend()
 	p.fd[clientSide] = -1
 	if from == nil || to == nil {
 		far.unlend()
 		v.conn.unlend()
-		return 0, true, errDescriptors
+		return false
 	}
 	there := newPresence(to, &v.client.live)
 	v.client.live.mu.Lock()
 	there.begin()
 	v.client.live.mu.Unlock()
-	v.coroutine.elsewhere(func() { moved, toClient, err = relay.CopyN(to, from, n, o) })
+	v.coroutine.elsewhere(func() { f(to, from) })
 	there.end()
-	ferr, cerr := far.takeBack(), v.conn.takeBack()
+	far.takeBack()
+	v.conn.takeBack()
 	p.fd[clientSide], p.slot[clientSide] = v.conn.fd, v.conn.slot
-	if err == nil {
-		err = errors.Join(ferr, cerr)
-	}
-	return moved, toClient, err
+	return true
 }
 
 // decline says that the request is to be served by others, who begin anew.
