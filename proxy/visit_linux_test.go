@@ -3,6 +3,7 @@ package proxy
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"maps"
@@ -368,4 +369,49 @@ func TestVisitsDoNotWait(t *testing.T) {
 		}
 		g.next()
 	}
+}
+
+// TestLongBodies ends long responses in the middle, to a client that does not read.
+func TestLongBodies(t *testing.T) {
+	for kind, head := range map[string]string{
+		"known":   "HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n",
+		"chunked": "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3b9aca00\r\n",
+	} {
+		for name, do := range map[string]func(g *gate, c *client, far net.Conn){
+			"revoked":  func(g *gate, _ *client, _ net.Conn) { g.store.Swap(compile(g.t, policyFor("", 1))) },
+			"shutdown": func(g *gate, _ *client, _ net.Conn) { go g.srv.Shutdown(expired()) },
+			"left":     func(_ *gate, c *client, _ net.Conn) { c.SetLinger(0); c.Close() },
+			"far left": func(_ *gate, c *client, far net.Conn) { far.Close(); go io.Copy(io.Discard, c.TCPConn) },
+		} {
+			t.Run(kind+" "+name, func(t *testing.T) {
+				bothWays(t, func(t *testing.T, lanes bool) {
+					o := listen(t, "127.0.0.1:0")
+					g := startGate(t, policyFor("", o.port()), lanes)
+					g.resolver.set("api.ok.test", "127.0.0.1")
+					c := g.dial()
+					c.send("GET http://api.ok.test:%d/ HTTP/1.1\r\nHost: x\r\n\r\n", o.port())
+					far := o.accept(t)
+					io.WriteString(far, head)
+					far.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
+					for b, err := make([]byte, 1<<20), error(nil); err == nil; { // until nobody takes any more
+						_, err = far.Write(b)
+					}
+					do(g, c, far)
+					if ev := g.next(); !ev.Aborted || ev.Error == "" || ev.BytesDown < minBulk {
+						t.Errorf("%+v", ev)
+					} else if revoked := ev.Decision.Reason == policy.ReasonPolicyRevoked; revoked != (name == "revoked") {
+						t.Errorf("%+v", ev)
+					}
+					g.until(func() bool { return g.srv.Stats().Connections == 0 })
+				})
+			})
+		}
+	}
+}
+
+// expired returns a context that has ended.
+func expired() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
 }
