@@ -187,6 +187,7 @@ func (p *passage) readHead() {
 	l := p.lane
 	n, err := readFD(p.fd[clientSide], l.buf[:])
 	if errors.Is(err, unix.EAGAIN) {
+		p.pending[clientSide] = false
 		return
 	}
 	if n == 0 { // a probe, or a connection opened in advance

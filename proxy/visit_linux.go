@@ -27,7 +27,6 @@ type visit struct {
 	request   *http.Request   // the one that is served
 	out       plainWriter
 	coroutine *coroutine // which serves it; nil: none
-	began     time.Time  // when it began to
 	keep      bool       // the client may send another one
 	declined  bool       // it is not for lanes
 	raw       []byte     // its head, in the lane's buffer until the coroutine waits
@@ -78,7 +77,7 @@ func (p *passage) forward(r *http.Request, raw []byte) {
 	}
 	v := p.visit
 	p.phase = forwarding
-	v.request, v.raw, v.began = r.WithContext(v.ctx), raw, p.lane.now
+	v.request, v.raw = r.WithContext(v.ctx), raw
 	v.keep, v.declined = false, false
 	if len(raw) == laneBuffer { // there may be more, of which no event will tell
 		p.pending[clientSide] = true
@@ -187,12 +186,13 @@ func (v *visit) outside(far *laneConn, f func(to, from *net.TCPConn)) bool {
 		v.conn.unlend()
 		return false
 	}
-	there := newPresence(to, &v.client.live)
-	v.client.live.mu.Lock()
-	there.begin()
-	v.client.live.mu.Unlock()
+	if there := newPresence(to, &v.client.live); there != nil {
+		v.client.live.mu.Lock()
+		there.begin()
+		v.client.live.mu.Unlock()
+		defer there.end()
+	}
 	v.coroutine.elsewhere(func() { f(to, from) })
-	there.end()
 	far.takeBack()
 	v.conn.takeBack()
 	p.fd[clientSide], p.slot[clientSide] = v.conn.fd, v.conn.slot
@@ -286,7 +286,7 @@ func (v *visit) cut() {
 // end is called when the connection is closed or given away.
 func (v *visit) end() {
 	s := v.passage.lane.s
-	v.conn.closing.Store(true) // its descriptor's number may soon be another's
+	v.conn.unlend() // its descriptor's number may soon be another's
 	s.clients.remove(&v.client)
 	s.httpConns.Add(-1)
 	s.crowd.leave(v.client.counted)
