@@ -30,6 +30,7 @@ type visit struct {
 	keep      bool       // the client may send another one
 	declined  bool       // it is not for lanes
 	raw       []byte     // its head, in the lane's buffer until the coroutine waits
+	look      time.Time  // when to see whether the client is there, if something happened to it
 }
 
 // plainRequest returns the request of which raw is the whole head, nil if it is not one
@@ -79,6 +80,7 @@ func (p *passage) forward(r *http.Request, raw []byte) {
 	p.phase = forwarding
 	v.request, v.raw = r.WithContext(v.ctx), raw
 	v.keep, v.declined = false, false
+	v.look = p.lane.now.Add(leftEvery)
 	if len(raw) == laneBuffer { // there may be more, of which no event will tell
 		p.pending[clientSide] = true
 	}
@@ -240,19 +242,18 @@ func (v *visit) happened(events uint32) {
 	case p.phase != forwarding:
 	case events&(unix.EPOLLHUP|unix.EPOLLERR) != 0:
 		v.client.live.leave()
-	case events&readableEvents != 0:
+	case events&readableEvents != 0 && !p.pending[clientSide]:
 		p.pending[clientSide] = true
+		v.look = p.lane.now.Add(leftEvery)
 		v.conn.arm()
 	}
 }
 
-// nextLook returns when to look at the client's connection, at the latest at t.
+// nextLook returns when to look at the client's connection, at the latest at t. Neither
+// what is written meanwhile nor what the client says puts that off.
 func (v *visit) nextLook(t time.Time) time.Time {
-	if p := v.passage; p.phase == forwarding && p.pending[clientSide] {
-		look := p.lane.now.Add(leftEvery)
-		if t.IsZero() || look.Before(t) {
-			return look
-		}
+	if p := v.passage; p.phase == forwarding && p.pending[clientSide] && (t.IsZero() || v.look.Before(t)) {
+		return v.look
 	}
 	return t
 }
@@ -268,6 +269,7 @@ func (v *visit) overdue() {
 		v.client.live.leave()
 		return
 	}
+	v.look = p.lane.now.Add(leftEvery)
 	c.arm()
 }
 

@@ -415,3 +415,36 @@ func expired() context.Context {
 	cancel()
 	return ctx
 }
+
+// TestLookIsNotPutOff: whether a visitor that has closed its side is still there is looked
+// at in time, also if it reads so slowly that every write to it has to wait.
+func TestLookIsNotPutOff(t *testing.T) {
+	o := listen(t, "127.0.0.1:0")
+	g := startLanes(t, 1, policyFor("", o.port()))
+	g.resolver.set("api.ok.test", "127.0.0.1")
+	c := g.dial()
+	c.send("GET http://api.ok.test:%d/ HTTP/1.1\r\nHost: x\r\n\r\n", o.port())
+	far := o.accept(t)
+	asked(t, far)
+	c.CloseWrite()
+	seen := false
+	g.until(func() bool {
+		g.inLane(func(l *lane) {
+			l.each(func(p *passage) {
+				if seen = p.phase == forwarding && p.pending[clientSide]; !seen {
+					return
+				}
+				due := l.due[p.slot[clientSide]]
+				l.now = l.now.Add(leftEvery / 2)
+				p.visit.conn.arm() // as each write does that has to wait
+				if l.due[p.slot[clientSide]] > due || due == never {
+					t.Errorf("the look was put off from %v to %v", due, l.due[p.slot[clientSide]])
+				}
+			})
+		})
+		return seen
+	})
+	if ev := g.next(); !ev.Aborted || ev.Error != errClientLeft.Error() {
+		t.Errorf("%+v", ev)
+	}
+}
