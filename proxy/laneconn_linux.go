@@ -116,12 +116,12 @@ func (c *laneConn) Read(b []byte) (int, error) {
 				c.lane.current.pass(n)
 				return n, nil
 			case !errors.Is(err, unix.EAGAIN):
-				return 0, laneError("read", os.NewSyscallError("read", err))
+				return 0, c.failed("read", os.NewSyscallError("read", err))
 			}
 			c.readable, c.final = false, false
 		}
 		if err := c.await(readableEvents, c.readBy); err != nil {
-			return 0, laneError("read", err)
+			return 0, c.failed("read", err)
 		}
 	}
 }
@@ -139,15 +139,18 @@ func (c *laneConn) Write(b []byte) (n int, err error) {
 			return n, nil
 		}
 		if err != nil && !errors.Is(err, unix.EAGAIN) {
-			return n, laneError("write", os.NewSyscallError("write", err))
+			return n, c.failed("write", os.NewSyscallError("write", err))
 		}
 		if err := c.await(writableEvents, c.writeBy); err != nil {
-			return n, laneError("write", err)
+			return n, c.failed("write", err)
 		}
 	}
 }
 
-func laneError(op string, err error) error { return &net.OpError{Op: op, Net: "tcp", Err: err} }
+// failed says, as package net does, whose connection it was that op failed at.
+func (c *laneConn) failed(op string, err error) error {
+	return &net.OpError{Op: op, Net: "tcp", Addr: c.RemoteAddr(), Err: err}
+}
 
 // Close has the lane close c, soon.
 func (c *laneConn) Close() error {

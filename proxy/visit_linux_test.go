@@ -448,3 +448,22 @@ func TestLookIsNotPutOff(t *testing.T) {
 		t.Errorf("%+v", ev)
 	}
 }
+
+// TestVisitErrorsSayWhere: the event of a response that broke off names the far side.
+func TestVisitErrorsSayWhere(t *testing.T) {
+	bothWays(t, func(t *testing.T, lanes bool) {
+		o := listen(t, "127.0.0.1:0")
+		g := startGate(t, policyFor("", o.port()), lanes)
+		g.resolver.set("api.ok.test", "127.0.0.1")
+		c := g.dial()
+		c.send("GET http://api.ok.test:%d/ HTTP/1.1\r\nHost: x\r\n\r\n", o.port())
+		far := o.accept(t)
+		asked(t, far)
+		far.(*net.TCPConn).SetLinger(0)
+		far.Close()
+		c.response(http.MethodGet)
+		if ev := g.next(); !strings.Contains(ev.Error, o.addr.String()) || !strings.Contains(ev.Error, "reset") {
+			t.Errorf("%+v", ev)
+		}
+	})
+}
