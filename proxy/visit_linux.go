@@ -214,10 +214,10 @@ func (v *visit) served() {
 	case p.phase == closed:
 	case v.declined:
 		p.giveToHTTP(raw)
-	case !v.keep && !v.out.ended, v.conn.closing.Load(), l.s.draining.Load() && v.keep:
+	case !v.keep && !v.out.ended, v.conn.closing.Load():
 		p.leave()
-	case !v.keep:
-		p.awaitEnd()
+	case !v.keep, l.s.draining.Load():
+		p.awaitEnd() // the client may have asked for more, and may not have read all of this
 	default:
 		p.phase = readingHead
 		p.lookAt(l.now.Add(l.s.cfg.Timeouts.Idle))

@@ -467,3 +467,39 @@ func TestVisitErrorsSayWhere(t *testing.T) {
 		}
 	})
 }
+
+// TestVisitEndsInADrain: a client that has asked for more than it is given in a drain
+// still receives the whole of what was under way.
+func TestVisitEndsInADrain(t *testing.T) {
+	o := listen(t, "127.0.0.1:0")
+	g := startLanes(t, 1, policyFor("", o.port()), func(c *Config) { c.Timeouts.Drain = patience })
+	g.resolver.set("api.ok.test", "127.0.0.1")
+	request := fmt.Sprintf("GET http://api.ok.test:%d/ HTTP/1.1\r\nHost: x\r\n\r\n", o.port())
+	c := g.dial()
+	c.SetReadBuffer(32 << 10)
+	c.send("%s", request)
+	far := o.accept(t)
+	asked(t, far)
+	body := strings.Repeat("x", 200<<10)
+	fmt.Fprintf(far, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(body), body[:1])
+	resp, err := http.ReadResponse(c.Reader, nil) // its head says that more may be asked for
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.send("%s", request)
+	down := make(chan error, 1)
+	go func() { down <- g.srv.Shutdown(t.Context()) }()
+	g.until(g.srv.draining.Load)
+	io.WriteString(far, body[1:])
+	if ev := g.next(); ev.BytesDown != int64(len(body)) || ev.Aborted { // the kernel has all of it
+		t.Errorf("%+v", ev)
+	}
+	g.inLane(func(*lane) {})
+	if got, err := io.ReadAll(resp.Body); string(got) != body || err != nil {
+		t.Errorf("%d bytes of %d, %v", len(got), len(body), err)
+	}
+	c.Close()
+	if err := <-down; err != nil {
+		t.Error(err)
+	}
+}
