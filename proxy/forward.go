@@ -650,7 +650,7 @@ func (ex *exchange) ReadFrom(src io.Reader) (n int64, err error) {
 		}
 		n += m
 	}
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return n, nil
 	}
 	return n, err

@@ -3,6 +3,7 @@ package proxy
 import (
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -93,8 +94,9 @@ func (v *visit) serve() {
 	s := v.passage.lane.s
 	defer func() {
 		v.out.release()
-		if e := recover(); e != nil && e != http.ErrAbortHandler {
-			s.crashed(e)
+		crash := recover()
+		if err, _ := crash.(error); crash != nil && !errors.Is(err, http.ErrAbortHandler) {
+			s.crashed(crash)
 		}
 	}()
 	v.out.reset(&v.client.idleConn, v.request)
