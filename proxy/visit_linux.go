@@ -236,17 +236,20 @@ func (p *passage) readNext() {
 	}
 }
 
-// happened is told of events on the client's connection.
+// happened is told of events on the client's connection. The request may be over once
+// its coroutine goes on, and no further event will tell of what came with this one.
 func (v *visit) happened(events uint32) {
-	v.conn.happened(events)
 	p := v.passage
+	if events&readableEvents != 0 && !p.pending[clientSide] {
+		p.pending[clientSide] = true
+		v.look = p.lane.now.Add(leftEvery)
+	}
+	v.conn.happened(events)
 	switch {
 	case p.phase != forwarding:
 	case events&(unix.EPOLLHUP|unix.EPOLLERR) != 0:
 		v.client.live.leave()
-	case events&readableEvents != 0 && !p.pending[clientSide]:
-		p.pending[clientSide] = true
-		v.look = p.lane.now.Add(leftEvery)
+	case events&readableEvents != 0:
 		v.conn.arm()
 	}
 }
