@@ -222,6 +222,9 @@ func pathOf(target string) string {
 func (ex *exchange) finish(r *http.Request) {
 	crash := recover()
 	ex.interim.end()
+	if crash != nil && ex.carried { // nobody else closes the connection to the far side
+		ex.client.live.leave()
+	}
 	ex.client.live.end()
 	if err, _ := crash.(error); crash != nil && !errors.Is(err, http.ErrAbortHandler) {
 		ex.s.crashed(crash)
