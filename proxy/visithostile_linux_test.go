@@ -3,11 +3,16 @@ package proxy
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"regexp"
+	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -165,3 +170,308 @@ func (g *gate) empty() {
 		g.t.Errorf("%d clients, %d sources", n, m)
 	}
 }
+
+// hostileAnswers are what an origin says to one request before it closes its side.
+var hostileAnswers = []string{
+	okAnswer,
+	"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nok",
+	"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nokk",
+	"HTTP/1.1 200 OK\r\nContent-Length: 2, 2\r\n\r\nok",
+	"HTTP/1.1 200 OK\r\nContent-Length: +2\r\n\r\nok",
+	"HTTP/1.1 200 OK\r\nContent-Length:\r\n\r\nok",
+	"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok",
+	"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nok",
+	"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+	"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+	"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+	"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n",
+	"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+	"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nokx0\r\n\r\n",
+	"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\nHTTP/1.1 200 OK\r\n\r\n",
+	"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+	"HTTP/1.1 200 OK\r\nTransfer-Encoding: identity\r\n\r\nok",
+	"HTTP/1.1 200 OK\r\nTrailer: T\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nT: 1\r\n\r\n",
+	"HTTP/1.1 200 OK\r\nTrailer: T, T\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nT: 1\r\nT: 2\r\n\r\n",
+	"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nT: 1\r\nContent-Length: 7\r\nTransfer-Encoding: chunked\r\n\r\n",
+	"HTTP/1.1 200 OK\r\nTrailer: T\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nT: 1\r\nU: 2\r\n\r\n",
+	"HTTP/1.1 200 OK\r\nTrailer: Content-Length\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nContent-Length: 2\r\n\r\n",
+	"HTTP/1.1 200 OK\r\nTrailer: T\r\nContent-Length: 2\r\n\r\nok",
+	"HTTP/1.1 200 OK\r\n\r\nuntil the end",
+	"HTTP/1.0 200 OK\r\n\r\nuntil the end",
+	"HTTP/1.1 200 OK\r\n\r\n",
+	"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close, X-Mine\r\nX-Mine: 1\r\nX-Other: 2\r\n\r\n",
+	"HTTP/1.1 204 No Content\r\n\r\n",
+	"HTTP/1.1 204 No Content\r\nContent-Length: 2\r\n\r\n",
+	"HTTP/1.1 204 No Content\r\nContent-Length: 2\r\n\r\nok",
+	"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\nContent-Type: text/plain\r\n\r\n0\r\n\r\n",
+	"HTTP/1.1 205 Reset\r\nContent-Length: 0\r\n\r\n",
+	"HTTP/1.1 205 Reset\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+	"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\nContent-Type: text/plain\r\nEtag: x\r\n\r\n",
+	"HTTP/1.1 304 Not Modified\r\nTransfer-Encoding: chunked\r\n\r\n",
+	"HTTP/1.1 100 Continue\r\n\r\n" + okAnswer,
+	"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n" + okAnswer,
+	"HTTP/1.1 103 Early Hints\r\nLink: a\r\nContent-Length: 5\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: b\r\n\r\n" + okAnswer,
+	"HTTP/1.1 199 What\r\nConnection: X\r\nX: 1\r\n\r\n" + okAnswer,
+	strings.Repeat("HTTP/1.1 102 Wait\r\n\r\n", 101) + okAnswer,
+	"HTTP/1.1 102 Wait\r\n\r\n",
+	"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: Upgrade\r\n\r\nraw",
+	"HTTP/1.1 099 What\r\n\r\n", "HTTP/1.1 1000 What\r\n\r\n", "HTTP/1.1 20 What\r\n\r\n",
+	"HTTP/1.1 299 What else\r\nContent-Length: 2\r\n\r\nok",
+	"HTTP/1.1 999 What else\r\nContent-Length: 2\r\n\r\nok",
+	"HTTP/1.1 600 \r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+	"HTTP/1.1 407 Proxy\r\nProxy-Authenticate: Basic\r\nContent-Length: 2\r\n\r\nok",
+	"HTTP/2.0 200 OK\r\n\r\n", "SSH-2.0-x\r\n", "",
+	"HTTP/1.1 200 OK\r\nDate: yesterday\r\nDate: today\r\nContent-Length: 2\r\n\r\nok",
+	"HTTP/1.1 200 OK\r\nServer: x\r\nVia: 1.1 a\r\nKeep-Alive: x\r\nUpgrade: h2c\r\nContent-Length: 2\r\n\r\nok",
+	"HTTP/1.1 200 OK\r\nX: a\r\n b\r\nX : c\r\nContent-Length: 2\r\n\r\nok",
+	"HTTP/1.1 200 OK\r\nX: a\r\n b\r\nContent-Length: 2\r\n\r\nok",
+	"HTTP/1.1 200 OK\r\nX: a\x00b\r\nContent-Length: 2\r\n\r\nok",
+	"HTTP/1.1 200 OK\nX: a\rb\nContent-Length: 2\n\nok",
+	"HTTP/1.1 200 OK\r\nContent-Type:\r\nContent-Length: 15\r\n\r\n<html>something",
+	"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\nok",
+	"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n",
+	"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 9\r\n\r\ndata: 1\n\n",
+	"HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 5000) + "\r\nContent-Length: 9000\r\n\r\n" + strings.Repeat("y", 9000),
+	"HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 70000) + "\r\nContent-Length: 2\r\n\r\nok",
+	"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + strings.Repeat("y", 300000),
+	"HTTP/1.1 200 OK\r\nContent-Length: 300001\r\n\r\n" + strings.Repeat("y", 300000),
+	"HTTP/1.1 200 OK\r\n\r\n" + strings.Repeat("y", 300000),
+}
+
+// TestSameAnswers: whatever an origin says, clients and the log see the same with lanes
+// and without.
+func TestSameAnswers(t *testing.T) {
+	o := listen(t, "127.0.0.1:0")
+	text := policyFor("", o.port())
+	gates := []*gate{startGate(t, text, true), startGate(t, text, false)}
+	for _, g := range gates {
+		g.resolver.set("api.ok.test", "127.0.0.1")
+	}
+	for i, answer := range hostileAnswers {
+		for _, method := range []string{"GET", "HEAD", "OPTIONS"} {
+			for _, fields := range []string{"", "Connection: close\r\n", "TE: trailers\r\n"} {
+				var seen [2]string
+				for j, g := range gates {
+					seen[j] = g.exchange(o, method, fields, answer)
+				}
+				if seen[0] != seen[1] {
+					t.Errorf("%d: %s, %q, %.200q\nin a lane: %.3000q\nwithout:   %.3000q", i, method, fields, answer, seen[0], seen[1])
+				}
+			}
+		}
+	}
+	for _, g := range gates {
+		g.quiet()
+		if st := g.srv.Stats(); st.Panics != 0 {
+			t.Errorf("%+v", st)
+		}
+	}
+}
+
+// exchange has a new client ask for method, and a new connection of o answer. It returns
+// what the client received and the event, without what differs each time.
+func (g *gate) exchange(o *origin, method, fields, answer string) string {
+	g.t.Helper()
+	g.srv.pools.retire()
+	c := g.dial()
+	defer c.Close()
+	c.send("%s http://api.ok.test:%d/p?q HTTP/1.1\r\nHost: x\r\n%s\r\n", method, o.port(), fields)
+	u := o.accept(g.t)
+	defer u.Close()
+	var log strings.Builder
+	log.WriteString(headOf(g.t, u))
+	io.WriteString(u, answer)
+	u.(*net.TCPConn).CloseWrite()
+	for {
+		resp, err := http.ReadResponse(c.Reader, &http.Request{Method: method})
+		if err != nil {
+			fmt.Fprintf(&log, "response: %v\n", err)
+			break
+		}
+		if len(resp.Header["Date"]) == 1 && resp.Header.Get("Date") != "yesterday" {
+			resp.Header.Set("Date", "now")
+		}
+		resp.Header.Del("Content-Length") // as in resp.ContentLength
+		body, err := io.ReadAll(resp.Body)
+		if resp.Header.Get(idField) != "" { // ours
+			resp.Header.Del(idField)
+			body = nil
+		}
+		if len(body) == 0 && err == nil { // in no chunk, or none announced
+			resp.TransferEncoding, resp.ContentLength = nil, 0
+		}
+		fmt.Fprintf(&log, "%s %v %v %d %v %d:%.20q %v %v\n", resp.Status, resp.TransferEncoding, resp.Close, resp.ContentLength, resp.Header, len(body), body, resp.Trailer, err)
+		if resp.StatusCode >= 200 {
+			break
+		}
+	}
+	ev := g.next()
+	fmt.Fprintf(&log, "event: %s %s %d %s %s %s %d %q %v %d %d %q\n", ev.Kind, ev.Method, ev.Status, ev.Name, ev.Path, ev.Decision.Reason, ev.Port, ev.ContentType, ev.Aborted, ev.BytesUp, ev.BytesDown, ports.ReplaceAllString(ev.Error, ":N"))
+	return log.String()
+}
+
+const idField = "X-Sallyport-Id"
+
+var ports = regexp.MustCompile(`:[0-9]{4,5}\b`)
+
+// headOf reads the head of a request.
+func headOf(t testing.TB, c net.Conn) string {
+	t.Helper()
+	var b []byte
+	for one := make([]byte, 1); !bytes.HasSuffix(b, []byte("\r\n\r\n")); b = append(b, one...) {
+		if _, err := c.Read(one); err != nil {
+			t.Fatalf("after %q: %v", b, err)
+		}
+	}
+	return string(b)
+}
+
+// hostileRequests are what a client sends before it closes its side; %s is an authority.
+var hostileRequests = []string{
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\n\r\nGET http://%[1]s/2 HTTP/1.1\r\nHost: x\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\n\r\n\r\nGET http://%[1]s/2 HTTP/1.1\r\nHost: x\r\n\r\n",
+	"\r\nGET http://%s/ HTTP/1.1\r\nHost: x\r\n\r\n", "\r\n", "\r\n\r\n", "\n", " ", "G", "GET http://%s/ HTTP/1.1\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\nGET http://%[1]s/2 HTTP/1.1\r\nHost: x\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nConnection: keep-alive, Close\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nProxy-Connection: close\r\nTrailer: X\r\nKeep-Alive: 1\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: identity\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nTransfer_Encoding: chunked\r\nContent-Length : 3\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nTransfer\\Encoding: chunked\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nX: a\r\n b\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nX: a\rb\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nX: a\x00b\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\nX: a\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nX: \xff\xfe\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nx-y: 1\r\nX-Y: 2\r\nX-y:\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: \r\n\r\n", "GET http://%s/ HTTP/1.1\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: a b\r\n\r\n", "GET http://%s/ HTTP/1.1\r\nHost: a/b\r\n\r\n", "GET http://%s/ HTTP/1.1\r\nHost: \xff\r\n\r\n",
+	"GET http://%s/ HTTP/1.0\r\nHost: x\r\n\r\n", "GET http://%s/ HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", "GET http://%s/ HTTP/1.2\r\nHost: x\r\n\r\n",
+	"GET http://%s/ HTTP/2.0\r\nHost: x\r\n\r\n", "GET  http://%s/ HTTP/1.1\r\nHost: x\r\n\r\n", "GET http://%s/ \r\nHost: x\r\n\r\n", "GET http://%s/\r\n\r\n",
+	"get http://%s/ HTTP/1.1\r\nHost: x\r\n\r\n", "GET HTTP://%s/ HTTP/1.1\r\nHost: x\r\n\r\n", "GET https://%s/ HTTP/1.1\r\nHost: x\r\n\r\n",
+	"GET http://u:p@%s/ HTTP/1.1\r\nHost: x\r\n\r\n", "GET http://@%s/ HTTP/1.1\r\nHost: x\r\n\r\n", "GET http:///x HTTP/1.1\r\nHost: x\r\n\r\n",
+	"GET http://%s HTTP/1.1\r\nHost: x\r\n\r\n", "GET http://%s?q HTTP/1.1\r\nHost: x\r\n\r\n", "GET http://%s/#f HTTP/1.1\r\nHost: x\r\n\r\n",
+	"GET http://%s/%%zz HTTP/1.1\r\nHost: x\r\n\r\n", "GET http://%s/%%2f%%00?%%zz;\"<> HTTP/1.1\r\nHost: x\r\n\r\n", "GET http://%s/\x01 HTTP/1.1\r\nHost: x\r\n\r\n",
+	"GET http://%s/\xc3\xa9 HTTP/1.1\r\nHost: x\r\n\r\n", "GET http://%s//a/../b/./c HTTP/1.1\r\nHost: x\r\n\r\n", "GET http://%s\\@no.test/ HTTP/1.1\r\nHost: x\r\n\r\n",
+	"GET http://no.test/ HTTP/1.1\r\nHost: x\r\nAccept: application/json\r\n\r\nGET http://%s/ HTTP/1.1\r\nHost: x\r\n\r\n",
+	"GET http://missing.ok.test:%[2]d/ HTTP/1.1\r\nHost: x\r\n\r\n", "GET http://%s:99999/ HTTP/1.1\r\nHost: x\r\n\r\n", "GET http://[::1/ HTTP/1.1\r\nHost: x\r\n\r\n",
+	"GET / HTTP/1.1\r\nHost: %s\r\n\r\n", "GET * HTTP/1.1\r\nHost: x\r\n\r\n", "OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", "GET /proxy.pac HTTP/1.1\r\nHost: x\r\n\r\n",
+	"OPTIONS http://%s HTTP/1.1\r\nHost: x\r\n\r\n", "OPTIONS http://%s HTTP/1.1\r\nHost: x\r\nMax-Forwards: 0\r\n\r\n", "OPTIONS http://%s/ HTTP/1.1\r\nHost: x\r\nMax-Forwards: 2\r\n\r\n",
+	"OPTIONS http://%s/ HTTP/1.1\r\nHost: x\r\nMax-Forwards: x\r\n\r\n", "GET http://%s/ HTTP/1.1\r\nHost: x\r\nMax-Forwards: 0\r\n\r\n",
+	"TRACE http://%s/ HTTP/1.1\r\nHost: x\r\n\r\n", "DELETE http://%s/ HTTP/1.1\r\nHost: x\r\n\r\n", "POST http://%s/ HTTP/1.1\r\nHost: x\r\n\r\n", "HEAD http://%s/ HTTP/1.1\r\nHost: x\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n\r\n", "GET http://%s/ HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n\r\n", "GET http://%s/ HTTP/1.1\r\nHost: x\r\nExpect: x\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nConnection: Host, Via, X, Content-Length\r\nX: 1\r\nVia: 1.0 a\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nProxy-Authorization: Basic eDp5\r\nAuthorization: Basic eDp5\r\nForwarded: a\r\nX-Forwarded-For: b\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nPragma: no-cache\r\nCookie: a=b\r\nCookie: c=d\r\nTe: gzip\r\nUser-Agent: \r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nVia: 1.1 " + pseudonym + "\r\n\r\n",
+	"GET http://%s/ HTTP/1.1\r\nHost: x\r\n\r\nCONNECT %[1]s HTTP/1.1\r\nHost: x\r\n\r\n", "GET http://%s/ HTTP/1.1\r\nHost: x\r\n\r\n\x16\x03\x01",
+	"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+}
+
+// TestSameRequests: whatever a client asks, at once or after another request, it, the
+// origin and the log see the same with lanes and without.
+func TestSameRequests(t *testing.T) {
+	o := listen(t, "127.0.0.1:0")
+	text := policyFor("", o.port())
+	gates := []*gate{startGate(t, text, true), startGate(t, text, false)}
+	for _, g := range gates {
+		g.resolver.set("api.ok.test", "127.0.0.1")
+	}
+	authority := fmt.Sprintf("api.ok.test:%d", o.port())
+	for i, request := range hostileRequests {
+		request = strings.NewReplacer("%[2]d", strconv.Itoa(o.port()), "%[1]s", authority, "%s", authority, "%%", "%").Replace(request)
+		for _, long := range []int{0, 9000, 70000} {
+			raw := strings.Replace(request, "Host: x\r\n", "Host: x\r\n"+strings.Repeat("L: "+strings.Repeat("l", 996)+"\r\n", long/1000), 1)
+			for _, second := range []bool{false, true} {
+				var seen [2]string
+				for j, g := range gates {
+					seen[j] = g.requests(o, authority, raw, second)
+				}
+				if seen[0] != seen[1] {
+					t.Errorf("%d: second %v, long %d, %.500q\nin a lane: %.3000q\nwithout:   %.3000q", i, second, long, request, seen[0], seen[1])
+				}
+			}
+		}
+	}
+	for _, g := range gates {
+		g.quiet()
+		if st := g.srv.Stats(); st.Panics != 0 {
+			t.Errorf("%+v", st)
+		}
+	}
+}
+
+// requests has a new client send raw, after another request if second is set, and close
+// its side. It returns what it receives, what came to o, and the events.
+func (g *gate) requests(o *origin, authority, raw string, second bool) string {
+	g.t.Helper()
+	g.srv.pools.retire()
+	heads := make(chan string, 16)
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			select {
+			case u := <-o.conns:
+				wg.Go(func() {
+					defer u.Close()
+					for r := bufio.NewReader(u); ; {
+						req, err := http.ReadRequest(r)
+						if err != nil {
+							return
+						}
+						body, _ := io.ReadAll(req.Body)
+						heads <- fmt.Sprintf("%s %s %s %.300q %d %v %.20q\n", req.Method, req.RequestURI, req.Host, fmt.Sprint(req.Header), req.ContentLength, req.TransferEncoding, body)
+						answer := okAnswer
+						if req.Method == http.MethodHead {
+							answer = strings.TrimSuffix(answer, "ok")
+						}
+						io.WriteString(u, answer)
+					}
+				})
+			case <-stop:
+				return
+			}
+		}
+	})
+	defer wg.Wait()
+	defer close(stop)
+	defer g.srv.pools.retire()
+	c := g.dial()
+	defer c.Close()
+	var log strings.Builder
+	if second {
+		c.send("GET http://%s/first HTTP/1.1\r\nHost: x\r\n\r\n", authority)
+		resp, body := c.response("GET")
+		fmt.Fprintf(&log, "%s %s\n", resp.Status, body)
+	}
+	io.WriteString(c.TCPConn, raw)
+	c.CloseWrite()
+	b, err := io.ReadAll(c)
+	if err != nil {
+		err = errors.New("error")
+	}
+	g.until(func() bool { return g.srv.Stats().Connections == 0 })
+	all := varying.ReplaceAllString(string(b), "X")
+	if i := strings.Index(all, "is closed"); i > 0 {
+		all = all[:i]
+	}
+	lines := strings.Split(all, "\r\n")
+	slices.Sort(lines) // fields come in any order
+	fmt.Fprintf(&log, "%q %v\n", lines, err)
+	for len(heads) > 0 {
+		log.WriteString(<-heads)
+	}
+	for len(g.events.c) > 0 {
+		ev := <-g.events.c
+		fmt.Fprintf(&log, "event: %s %s %d %s %s %s %d %q %v %d %d %q\n", ev.Kind, ev.Method, ev.Status, ev.Name, ev.Path, ev.Decision.Reason, ev.Port, ev.ContentType, ev.Aborted, ev.BytesUp, ev.BytesDown, varying.ReplaceAllString(ev.Error, "X"))
+	}
+	return log.String()
+}
+
+var varying = regexp.MustCompile(`:[0-9]{4,5}\b|[0-9a-z]{8}-[0-9a-z]+|Date: [^\r]*`)
