@@ -310,7 +310,7 @@ func (l *lane) dialExchange(ctx context.Context, network, addr string) (net.Conn
 		return nil, errors.New("the connection is no socket of its own")
 	}
 	if c.Conn, err = l.adopt(tcp); err != nil {
-		return nil, err
+		return nil, connectFailed(ctx.Value(exchangeKey{}).(*exchange).admitted, err)
 	}
 	return c, nil
 }

@@ -3,20 +3,29 @@ package proxy
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/netip"
+	"os"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"sallyport/policy"
+	"sallyport/policy/event"
 )
 
 // stuck returns whether a visit of g waits for its client to take more.
@@ -140,6 +149,38 @@ func TestVisitPanics(t *testing.T) {
 			k.c = k.dial()
 			k.again()
 		})
+	}
+}
+
+// A connection to the far side that finds no descriptor in the lane is a lack of
+// descriptors, as it would be anywhere.
+func TestVisitWithoutDescriptor(t *testing.T) {
+	if *withoutLanes {
+		t.Skip("it is about lanes")
+	}
+	k := startCarrying(t)
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	restore := sync.OnceFunc(func() { _ = unix.Setrlimit(unix.RLIMIT_NOFILE, &was) })
+	t.Cleanup(restore)
+	k.until(func() bool { return k.inLanes() == 1 })
+	k.resolver.intercept(func(context.Context, string) ([]netip.Addr, error) {
+		fd, err := unix.Open(os.DevNull, unix.O_RDONLY, 0)
+		if err != nil {
+			return nil, err
+		}
+		unix.Close(fd)
+		now := was
+		now.Cur = uint64(fd) + 1 // for the socket alone
+		return []netip.Addr{netip.MustParseAddr("127.0.0.1")}, unix.Setrlimit(unix.RLIMIT_NOFILE, &now)
+	})
+	k.ask("GET")
+	resp, body := k.c.response("GET")
+	restore()
+	if ev := k.next(); resp.StatusCode != 503 || ev.Decision.Reason != policy.ReasonLimitExceeded {
+		t.Errorf("%s %s, %+v", resp.Status, body, ev)
 	}
 }
 
@@ -369,6 +410,7 @@ var hostileRequests = []string{
 	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nProxy-Authorization: Basic eDp5\r\nAuthorization: Basic eDp5\r\nForwarded: a\r\nX-Forwarded-For: b\r\n\r\n",
 	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nPragma: no-cache\r\nCookie: a=b\r\nCookie: c=d\r\nTe: gzip\r\nUser-Agent: \r\n\r\n",
 	"GET http://%s/ HTTP/1.1\r\nHost: x\r\nVia: 1.1 " + pseudonym + "\r\n\r\n",
+	"CONNECT %s HTTP/1.1\r\nHost: x\r\n\r\n", "CONNECT no.test:1 HTTP/1.1\r\nHost: x\r\n\r\n",
 	"GET http://%s/ HTTP/1.1\r\nHost: x\r\n\r\nCONNECT %[1]s HTTP/1.1\r\nHost: x\r\n\r\n", "GET http://%s/ HTTP/1.1\r\nHost: x\r\n\r\n\x16\x03\x01",
 	"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
 }
@@ -475,3 +517,297 @@ func (g *gate) requests(o *origin, authority, raw string, second bool) string {
 }
 
 var varying = regexp.MustCompile(`:[0-9]{4,5}\b|[0-9a-z]{8}-[0-9a-z]+|Date: [^\r]*`)
+
+// A moodyOrigin answers as the path of a request asks it to, in ways an origin should not.
+type moodyOrigin struct {
+	l    net.Listener
+	wg   sync.WaitGroup
+	mu   sync.Mutex
+	open map[net.Conn]struct{}
+	over bool
+}
+
+func startMoody(t *testing.T) *moodyOrigin {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := &moodyOrigin{l: l, open: make(map[net.Conn]struct{})}
+	o.wg.Go(o.accept)
+	t.Cleanup(o.end)
+	return o
+}
+
+func (o *moodyOrigin) accept() {
+	for {
+		c, err := o.l.Accept()
+		if err != nil {
+			return
+		}
+		o.mu.Lock()
+		o.open[c] = struct{}{}
+		if o.over {
+			c.Close()
+		}
+		o.mu.Unlock()
+		o.wg.Go(func() { o.serve(c.(*net.TCPConn)) })
+	}
+}
+
+func (o *moodyOrigin) end() {
+	o.l.Close()
+	o.mu.Lock()
+	o.over = true
+	for c := range o.open {
+		c.Close()
+	}
+	o.mu.Unlock()
+	o.wg.Wait()
+}
+
+func (o *moodyOrigin) serve(c *net.TCPConn) {
+	defer func() {
+		o.mu.Lock()
+		delete(o.open, c)
+		o.mu.Unlock()
+		c.Close()
+	}()
+	for r := bufio.NewReader(c); ; {
+		req, err := http.ReadRequest(r)
+		if err != nil {
+			return
+		}
+		io.Copy(io.Discard, req.Body)
+		mood, token, _ := strings.Cut(strings.TrimPrefix(req.URL.Path, "/"), "/")
+		head := "HTTP/1.1 200 OK\r\nX-Token: " + token + "\r\n"
+		n := 1
+		switch mood {
+		case "big":
+			n = 100000
+		case "huge":
+			n = 3000000
+		case "cut": // in the middle
+			fmt.Fprintf(c, "%sContent-Length: 100000\r\n\r\n%s", head, strings.Repeat("x", 50000))
+			return
+		case "reset":
+			fmt.Fprintf(c, "%sTransfer-Encoding: chunked\r\n\r\n5\r\nhe", head)
+			c.SetLinger(0)
+			return
+		case "gone":
+			return
+		case "hang": // until somebody goes
+			fmt.Fprintf(c, "%sContent-Length: 10\r\n\r\n12345", head)
+			r.Peek(1)
+			return
+		case "mute":
+			r.Peek(1)
+			return
+		case "hints":
+			io.WriteString(c, "HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n")
+		case "end":
+			fmt.Fprintf(c, "%s\r\n%s", head, strings.Repeat(token+".", 3000))
+			return
+		case "more": // than was asked for
+			head = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX-Token: " + token + "\r\n\r\n" + head
+		case "chunked":
+			fmt.Fprintf(c, "%sTransfer-Encoding: chunked\r\n\r\n", head)
+			if req.Method != http.MethodHead {
+				for range 50 {
+					fmt.Fprintf(c, "%x\r\n%s\r\n", len(token), token)
+				}
+				io.WriteString(c, "0\r\n\r\n")
+			}
+			continue
+		}
+		body := strings.Repeat(token+".", n/(len(token)+1)+1)
+		fmt.Fprintf(c, "%sContent-Length: %d\r\n\r\n", head, len(body))
+		if req.Method != http.MethodHead {
+			io.WriteString(c, body)
+		}
+	}
+}
+
+// tally counts events.
+type tally struct{ all, whole atomic.Int64 }
+
+func (c *tally) Observe(ev *event.Event) {
+	c.all.Add(1)
+	if ev.Status == http.StatusOK && !ev.Aborted {
+		c.whole.Add(1)
+	}
+}
+
+// TestVisitsInTurmoil has many clients and an origin do what they should not, while the
+// policy changes. Nobody gets what another one asked for, nothing looks whole that is not,
+// and nothing is left.
+func TestVisitsInTurmoil(t *testing.T) {
+	for _, ends := range []string{"by itself", "cut"} {
+		t.Run(ends, func(t *testing.T) { testVisitsInTurmoil(t, ends == "cut") })
+	}
+}
+
+func testVisitsInTurmoil(t *testing.T, cut bool) {
+	o := startMoody(t)
+	port := int(addrPort(o.l.Addr()).Port())
+	allowed := policyFor("", port)
+	var seen tally
+	g := startLanes(t, 2, allowed, func(c *Config) {
+		c.Observer = &seen
+		c.Limits.ConnectionsPerSource = 10000
+		c.Timeouts.Drain = time.Minute
+	})
+	g.resolver.set("api.ok.test", "127.0.0.1")
+	g.resolver.set("other.ok.test", "127.0.0.1")
+	g.lanes()
+	before := descriptorsOpen(t)
+	var wg sync.WaitGroup
+	var whole atomic.Int64
+	clients, rounds := 24, 60
+	if testing.Short() {
+		rounds = 15
+	}
+	for i := range clients {
+		wg.Go(func() {
+			r := rand.New(rand.NewPCG(uint64(i), 7))
+			for round := range rounds {
+				whole.Add(g.misbehave(r, fmt.Sprintf("c%d-%d", i, round), port))
+			}
+		})
+	}
+	stop, policies := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(policies)
+		denied := compile(t, allowed+"    deny: [other.ok.test]\n")
+		passed := compile(t, allowed)
+		for range 100000 {
+			g.store.Swap(denied)
+			g.store.Swap(passed)
+			select {
+			case <-stop:
+				return
+			case <-time.After(2 * time.Millisecond): // pace: requests come between changes
+			}
+		}
+	}()
+	if cut {
+		g.until(func() bool { return seen.all.Load() > int64(clients*rounds/3) })
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		g.srv.Shutdown(ctx)
+	}
+	wg.Wait()
+	close(stop)
+	<-policies
+	st := g.srv.Stats()
+	if st.Panics != 0 {
+		t.Errorf("%+v", st)
+	}
+	if n := seen.whole.Load(); n < whole.Load() {
+		t.Errorf("%d responses came whole, in the log are %d", whole.Load(), n)
+	}
+	t.Logf("%d events, %d of whole responses; clients got %d", seen.all.Load(), seen.whole.Load(), whole.Load())
+	if !cut {
+		g.until(func() bool { return g.srv.Stats().Connections == 0 })
+		g.srv.pools.retire()
+		g.empty()
+	}
+	o.end()
+	g.until(func() bool { return descriptorsOpen(t) <= before })
+}
+
+// descriptorsOpen returns how many there are.
+func descriptorsOpen(t *testing.T) int {
+	all, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Skip(err)
+	}
+	return len(all)
+}
+
+var moods = []string{"ok", "ok", "ok", "big", "huge", "cut", "reset", "gone", "hang", "mute", "hints", "end", "more", "chunked"}
+
+// misbehave has one client ask a few times. It returns how many whole responses it got.
+func (g *gate) misbehave(r *rand.Rand, name string, port int) (whole int64) {
+	conn, err := net.Dial("tcp", g.addr)
+	if err != nil {
+		return 0 // it is shut down
+	}
+	c := conn.(*net.TCPConn)
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(patience))
+	if r.IntN(3) == 0 {
+		c.SetReadBuffer(64 << 10)
+	}
+	in := bufio.NewReader(c)
+	for i := range 1 + r.IntN(6) {
+		mood := moods[r.IntN(len(moods))]
+		host := []string{"api", "other"}[r.IntN(2)]
+		token := fmt.Sprintf("%s-%d", name, i)
+		method := []string{"GET", "GET", "GET", "HEAD", "OPTIONS"}[r.IntN(5)]
+		request := fmt.Sprintf("%s http://%s.ok.test:%d/%s/%s HTTP/1.1\r\nHost: x\r\n\r\n", method, host, port, mood, token)
+		if r.IntN(25) == 0 {
+			request = strings.Replace(request, "Host: x\r\n", "Host: x\r\nContent-Length: 1\r\n\r\nx", 1)
+			request = strings.TrimSuffix(request, "\r\n")
+		}
+		if r.IntN(10) == 0 {
+			k := 1 + r.IntN(len(request)-1)
+			io.WriteString(c, request[:k])
+			runtime.Gosched()
+			io.WriteString(c, request[k:])
+		} else {
+			io.WriteString(c, request)
+		}
+		switch k := r.IntN(20); {
+		case k == 0:
+			c.SetLinger(0)
+			return whole
+		case k == 1:
+			c.CloseWrite()
+		case k == 2 || mood == "mute" || mood == "hang":
+			if host == "api" || r.IntN(2) == 0 { // nobody would end it
+				in.Peek(1 * r.IntN(2) * boolInt(mood != "mute"))
+				c.SetLinger(r.IntN(2) - 1)
+				return whole
+			}
+		}
+		for {
+			resp, err := http.ReadResponse(in, &http.Request{Method: method})
+			if err != nil {
+				return whole
+			}
+			if resp.StatusCode < 200 {
+				continue
+			}
+			got := resp.Header.Get("X-Token")
+			body, err := io.ReadAll(resp.Body)
+			if resp.StatusCode != http.StatusOK {
+				if got != "" {
+					g.t.Errorf("%s: %s with a token", token, resp.Status)
+				}
+				break
+			}
+			if got != token || len(strings.ReplaceAll(string(body), token, "")) > len(body) || err == nil && method != "HEAD" && mood != "more" && (!strings.HasPrefix(string(body), token) || mood == "cut" || mood == "reset" || mood == "hang" || mood == "huge" && len(body) < 3000000) {
+				g.t.Errorf("%s %s was answered for %q, %d bytes, %v", method, token, got, len(body), err)
+			}
+			if err != nil {
+				if isTimeout(err) {
+					g.t.Errorf("%s %s %s: %v after %d bytes", method, mood, token, err, len(body))
+				}
+				return whole
+			}
+			whole++
+			if resp.Close {
+				return whole
+			}
+			break
+		}
+	}
+	return whole
+}
+
+func boolInt(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
