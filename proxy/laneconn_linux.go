@@ -235,6 +235,9 @@ func (c *laneConn) close() {
 
 // silent reports whether nothing has come, not even the end. What has come is taken.
 func (c *laneConn) silent() bool {
+	if c.closing.Load() { // then its descriptor is the lane's alone
+		return false
+	}
 	var b [1]byte
 	_, err := readFD(c.fd, b[:])
 	return errors.Is(err, unix.EAGAIN)

@@ -184,6 +184,25 @@ func TestVisitWithoutDescriptor(t *testing.T) {
 	}
 }
 
+// The sweeper of a carrier keeps away from the descriptor of a connection that the lane
+// closes meanwhile, as after a change of policy at the end of a response: the number may
+// be another's by then. Close has the lane close it, soon.
+func TestSweeperLeavesClosedAlone(t *testing.T) {
+	if *withoutLanes {
+		t.Skip("it is about lanes")
+	}
+	k := startCarrying(t)
+	k.first()
+	c := k.carrier()
+	for _, conn := range k.kept() {
+		conn.Close()
+	}
+	c.sweep()
+	if n := len(k.kept()); n != 0 {
+		t.Errorf("%d connections that are closed are kept", n)
+	}
+}
+
 // empty checks that g's lanes hold nothing but their doors and wake-ups, and nobody
 // counts as a client.
 func (g *gate) empty() {
