@@ -113,7 +113,7 @@ func (v *visit) relayRest(ex *exchange, src io.Reader, buf []byte) (n int64, err
 	if far == nil || !b.conn.left(rest) {
 		return ex.copyPiece(src, buf)
 	}
-	if v.out.Flush(); v.out.err != nil {
+	if v.out.Flush(); v.out.err != nil || far.closing.Load() || v.conn.closing.Load() {
 		return ex.copyPiece(src, buf) // which says so
 	}
 	var toClient bool
@@ -168,13 +168,16 @@ func (v *visit) copyRest(ex *exchange, src io.Reader, buf []byte) (n int64, err 
 }
 
 // carriedInLane returns what ex's response comes from, and the connection if that is in
-// its client's lane, else nil.
+// its client's lane, else nil. What is closed may not be there any more.
 func (ex *exchange) carriedInLane() (*carried, *laneConn) {
 	b, ok := ex.answer.ReadCloser.(*carried)
 	if !ok || b.conn == nil {
 		return nil, nil
 	}
-	far, _ := b.conn.Conn.(*laneConn)
+	far, ok := b.conn.Conn.(*laneConn)
+	if !ok || far.closing.Load() || ex.client.visit.conn.closing.Load() {
+		return nil, nil
+	}
 	return b, far
 }
 

@@ -36,12 +36,34 @@ func (g *gate) stuck() (yes bool) {
 	return yes
 }
 
+// onVisit has f done with each visit's passage.
+func (g *gate) onVisit(f func(p *passage)) {
+	g.inLane(func(l *lane) {
+		l.each(func(p *passage) {
+			if p.visit != nil {
+				f(p)
+			}
+		})
+	})
+}
+
+// room sets how much the kernel keeps for clients that take nothing.
+func (g *gate) room(n int) {
+	g.onVisit(func(p *passage) {
+		if err := setsockopt(p.fd[clientSide], unix.SOL_SOCKET, unix.SO_SNDBUF, n); err != nil {
+			g.t.Error(err)
+		}
+	})
+}
+
 // fill has the origin at u, which was asked, send pieces until the client, which reads
 // nothing, takes no more. It returns how many bytes are on their way, at least.
 func (k *carrying) fill(u io.Writer) (sent int) {
 	k.t.Helper()
 	const piece = 16 << 10
 	before := k.srv.httpDown.Load()
+	k.c.SetReadBuffer(64 << 10)
+	k.room(64 << 10) // together less than what is copied outside of the lane
 	io.WriteString(u, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
 	for range 4096 {
 		fmt.Fprintf(u, "%x\r\n%s\r\n", piece, strings.Repeat("x", piece))
@@ -102,6 +124,58 @@ func TestVisitHearsWhileItWrites(t *testing.T) {
 			k.until(func() bool { return k.srv.Stats().Connections == 0 })
 		})
 	}
+}
+
+// A far side that is closed while the client takes nothing is not lent to a relay: its
+// slot in the lane may be another's by then.
+func TestVisitDoesNotLendWhatIsClosed(t *testing.T) {
+	if *withoutLanes {
+		t.Skip("it is about lanes")
+	}
+	k := startCarrying(t)
+	k.c.SetReadBuffer(16 << 10)
+	k.ask("GET")
+	u := k.o.accept(t)
+	asked(t, u)
+	io.WriteString(u, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+	before, sent := k.srv.httpDown.Load(), int64(0)
+	queued := 0
+	for i := 0; queued < 16<<10; i++ { // what the client has not taken is with the proxy
+		if i == 4096 {
+			t.Fatal("the client takes everything")
+		}
+		fmt.Fprintf(u, "800\r\n%s\r\n", strings.Repeat("x", 2048))
+		sent += 2048
+		k.until(func() bool { return k.srv.httpDown.Load()-before == sent })
+		k.onVisit(func(p *passage) { queued, _ = unix.IoctlGetInt(p.fd[clientSide], unix.SIOCOUTQNSD) })
+	}
+	io.WriteString(u, "0\r\n\r\n")
+	k.next()
+	k.room(1)
+	k.ask("GET")
+	asked(t, u)
+	k.c.CloseWrite()
+	large := strings.Repeat("x", 60<<10) // the kernel adds to the last segment without a look at SO_SNDBUF
+	fmt.Fprintf(u, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\nX: %s\r\n\r\nsome", 4*minBulk, large)
+	k.until(k.stuck)
+	k.onVisit(func(p *passage) {
+		p.pending[clientSide] = true // the event may not be here yet
+		p.visit.overdue()
+	})
+	k.ended(u)
+	other := k.dial() // has what was given back
+	k.until(func() bool { return k.inLanes() == 2 })
+	io.Copy(io.Discard, k.c)
+	if ev := k.next(); !ev.Aborted {
+		t.Errorf("%+v", ev)
+	}
+	k.until(func() bool { return k.inLanes() == 1 })
+	k.c = other
+	k.again()
+	other.Close()
+	k.until(func() bool { return k.srv.Stats().Connections == 0 })
+	k.srv.pools.retire()
+	k.empty()
 }
 
 // A brittle Decider panics when it is asked about an address, once it is told to.
@@ -678,7 +752,7 @@ func testVisitsInTurmoil(t *testing.T, cut bool) {
 	g.resolver.set("api.ok.test", "127.0.0.1")
 	g.resolver.set("other.ok.test", "127.0.0.1")
 	g.lanes()
-	before := descriptorsOpen(t)
+	before := socketsOpen(t)
 	var wg sync.WaitGroup
 	var whole atomic.Int64
 	clients, rounds := 24, 60
@@ -731,16 +805,21 @@ func testVisitsInTurmoil(t *testing.T, cut bool) {
 		g.empty()
 	}
 	o.end()
-	g.until(func() bool { return descriptorsOpen(t) <= before })
+	g.until(func() bool { return socketsOpen(t) <= before })
 }
 
-// descriptorsOpen returns how many there are.
-func descriptorsOpen(t *testing.T) int {
+// socketsOpen returns how many there are.
+func socketsOpen(t *testing.T) (n int) {
 	all, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
-		t.Skip(err)
+		t.Fatal(err)
 	}
-	return len(all)
+	for _, fd := range all {
+		if to, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil && strings.HasPrefix(to, "socket:") {
+			n++
+		}
+	}
+	return n
 }
 
 var moods = []string{"ok", "ok", "ok", "big", "huge", "cut", "reset", "gone", "hang", "mute", "hints", "end", "more", "chunked"}
