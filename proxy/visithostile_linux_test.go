@@ -909,3 +909,93 @@ func boolInt(b bool) int {
 	}
 	return 0
 }
+
+// TestSameEnds: however an exchange is ended, in whatever it waits for, the log says the
+// same with lanes and without, no client takes a part for the whole, and nothing is left.
+func TestSameEnds(t *testing.T) {
+	for _, state := range []string{"head", "body", "relayed", "stuck"} {
+		for _, way := range []string{"client", "policy", "shutdown", "origin"} {
+			t.Run(state+" "+way, func(t *testing.T) {
+				with, without := endOf(t, true, state, way), endOf(t, false, state, way)
+				if with != without {
+					t.Errorf("in a lane: %s\nwithout:   %s", with, without)
+				}
+			})
+		}
+	}
+}
+
+func endOf(t *testing.T, lanes bool, state, way string) string {
+	t.Helper()
+	o := listen(t, "127.0.0.1:0")
+	g := startGate(t, policyFor("", o.port()), lanes, func(c *Config) { c.Limits.ConnectionsPerSource = 100 })
+	g.resolver.set("api.ok.test", "127.0.0.1")
+	c := g.dial()
+	c.send("GET http://api.ok.test:%d/ HTTP/1.1\r\nHost: x\r\n\r\n", o.port())
+	u := o.accept(t).(*net.TCPConn)
+	asked(t, u)
+	const size = 64 << 20
+	half := map[string]int{"head": 0, "body": 5, "relayed": 2 * minBulk}[state]
+	if state != "head" {
+		fmt.Fprintf(u, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", size)
+	}
+	var resp *http.Response
+	if half > 0 {
+		go u.Write(make([]byte, half))
+		var err error
+		if resp, err = http.ReadResponse(c.Reader, nil); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(resp.Body, make([]byte, half)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if state == "stuck" {
+		u.SetWriteDeadline(time.Now().Add(300 * time.Millisecond)) // it takes less until nobody takes more
+		if _, err := u.Write(make([]byte, size)); !isTimeout(err) {
+			t.Fatal(err)
+		}
+	}
+	switch way {
+	case "client":
+		c.SetLinger(0)
+		c.Close()
+	case "policy":
+		g.store.Swap(compile(t, policyFor("", o.port())+"    deny: [api.ok.test]\n"))
+	case "shutdown":
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		g.srv.Shutdown(ctx)
+	case "origin":
+		u.SetLinger(0)
+		u.Close()
+	}
+	status := 0
+	if way != "client" {
+		var err error
+		if resp == nil {
+			resp, err = http.ReadResponse(c.Reader, nil)
+		}
+		if err == nil {
+			_, err = io.Copy(io.Discard, resp.Body)
+			if status = resp.StatusCode; status == http.StatusOK && err == nil {
+				t.Error("the response looks whole")
+			}
+		}
+	}
+	ev := g.next()
+	c.Close()
+	g.until(func() bool { return g.srv.Stats().Connections == 0 })
+	g.quiet()
+	if way != "shutdown" {
+		g.srv.pools.retire()
+		g.empty()
+	}
+	if lanes && g.srv.Stats().Panics != 0 {
+		t.Errorf("%+v", g.srv.Stats())
+	}
+	return fmt.Sprintf("%d; %d %s %v", status, ev.Status, ev.Decision.Reason, ev.Aborted) + " " + callNames.ReplaceAllString(ev.Error, "")
+}
+
+// callNames are what differs in errors: who waits elsewhere calls it otherwise.
+var callNames = regexp.MustCompile(`(raw-)?(read|write) tcp[^ ]*( 127[^ ]*)?: |(read|write|raw-read|raw-write): `)
