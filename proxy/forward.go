@@ -771,11 +771,9 @@ func (p *pools) get(k poolKey) *carrier {
 	defer p.mu.Unlock()
 	t := p.m[k]
 	if t == nil {
-		dial := p.s.dialExchange
-		if k.lane != nil {
-			dial = k.lane.dialExchange
+		if t = p.s.newCarrier(p.s.dialExchange); k.lane != nil {
+			t.dial = k.lane.dialExchange
 		}
-		t = p.s.newCarrier(dial)
 		p.m[k] = t
 	}
 	return t

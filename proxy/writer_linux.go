@@ -35,14 +35,15 @@ type plainWriter struct {
 // reset makes w ready for the response to r.
 func (w *plainWriter) reset(to io.Writer, r *http.Request) {
 	h := w.header
-	if clear(h); h == nil {
+	if h == nil {
 		h = make(http.Header)
 	}
 	*w = plainWriter{to: to, header: h, head: r.Method == http.MethodHead, close: r.Close, trailers: w.trailers[:0], length: -1}
 }
 
-// release gives the buffer back.
+// release gives the buffer back, and keeps nothing of the response.
 func (w *plainWriter) release() {
+	clear(w.header)
 	if w.w != nil {
 		w.w.Reset(nil)
 		requestWriters.Put(w.w)
