@@ -18,6 +18,11 @@ const (
 	// before a direction changes it.
 	turn = 4
 
+	// How linger tries.
+	lingerTries = 16
+	maxVain     = 4
+	lingerAgain = 64
+
 	spliceFlags = unix.SPLICE_F_MOVE | unix.SPLICE_F_NONBLOCK
 )
 
@@ -26,6 +31,9 @@ var splice = quietSplice
 
 // quiet is how many splices are under way that the scheduler has not been told of.
 var quiet atomic.Int32
+
+// bulky is how many streams are to be spliced, at the moment.
+var bulky atomic.Int32
 
 // quietSplice is splice(2) for descriptors that never wait. It does without telling
 // the scheduler, as long as others have half of the processors for themselves: of a
@@ -60,6 +68,7 @@ func (h *half) move() (at side, err error) {
 		return h.to, err
 	}
 	at, err = s.run()
+	s.setBulk(false)
 	s.release()
 	return at, err
 }
@@ -110,6 +119,7 @@ type stream struct {
 	contrary int  // chunks in a row that spoke against bulk
 	noSplice bool // the kernel does not splice these sockets
 	unpaced  bool // unpace was called
+	inVain   uint // times in a row that linger found nothing, or was not tried
 
 	eof bool
 	err error // what fill or drain met
@@ -152,6 +162,8 @@ func (s *stream) fill(fd uintptr) (done bool) {
 			s.inPipe = n
 			s.weigh(n)
 			return true
+		case err == unix.EAGAIN && s.linger(int(fd)):
+			return true
 		case err == unix.EAGAIN:
 			s.release()
 			return false
@@ -163,7 +175,7 @@ func (s *stream) fill(fd uintptr) (done bool) {
 		}
 		// Unsupported, the end of the stream, or urgent data. The last two
 		// look alike to splice, but not to read.
-		s.bulk = false
+		s.setBulk(false)
 	}
 	s.returnPipe()
 	n, err := s.read(int(fd), int(min(bufSize, s.left)))
@@ -175,6 +187,31 @@ func (s *stream) fill(fd uintptr) (done bool) {
 	s.err = err
 	s.weigh(n)
 	return true
+}
+
+// linger tries again for some microseconds to fill the pipe, before the goroutine parks: of
+// two processes that pass a stream on, the other one is about to say more, and it is
+// parking and waking that takes most of the time then. Other threads go first. With many
+// streams there is always one that is ready. A stream for which it was of no use lately,
+// because it comes from afar, is tried now and then.
+func (s *stream) linger(fd int) bool {
+	if s.contrary > 0 || int(bulky.Load()) > max(1, runtime.GOMAXPROCS(0)/2) {
+		return false
+	}
+	if s.inVain >= maxVain && s.inVain%lingerAgain != 0 {
+		s.inVain++
+		return false
+	}
+	for range lingerTries {
+		syscall.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+		if n, _ := spliced(fd, s.pipe.w, int(min(pipeSize, s.left))); n > 0 {
+			s.inPipe, s.inVain = n, 0
+			s.weigh(n)
+			return true
+		}
+	}
+	s.inVain++
+	return false
 }
 
 // drain gives dst all that fill took.
@@ -207,7 +244,8 @@ func (s *stream) put(fd int) (n int, err error) {
 			s.inPipe -= n
 			return n, err
 		}
-		s.noSplice, s.bulk = true, false
+		s.noSplice = true
+		s.setBulk(false)
 	}
 	n, err = s.read(s.pipe.r, bufSize) // dst cannot splice: take the bytes out again
 	s.inPipe -= n
@@ -248,7 +286,8 @@ func (s *stream) weigh(n int) {
 		return
 	}
 	if s.contrary++; s.contrary == turn {
-		s.bulk, s.contrary = !s.bulk, 0
+		s.setBulk(!s.bulk)
+		s.contrary = 0
 		if s.bulk && !s.unpaced {
 			s.unpaced = true
 			s.unpace()
@@ -272,6 +311,19 @@ func (s *stream) unpace() {
 	})
 }
 
+// setBulk says whether to splice.
+func (s *stream) setBulk(bulk bool) {
+	if bulk == s.bulk {
+		return
+	}
+	s.bulk = bulk
+	if bulk {
+		bulky.Add(1)
+	} else {
+		bulky.Add(-1)
+	}
+}
+
 // borrowPipe exchanges the buffer for a pipe. It reports false if there is no
 // pipe; then copying goes on, until turn more full chunks ask again.
 func (s *stream) borrowPipe() bool {
@@ -279,7 +331,7 @@ func (s *stream) borrowPipe() bool {
 		return true
 	}
 	if s.pipe = pipes.get(); s.pipe == nil {
-		s.bulk = false
+		s.setBulk(false)
 		return false
 	}
 	s.returnBuffer()

@@ -127,7 +127,7 @@ func TestOnlyBulkIsSpliced(t *testing.T) {
 	for range 100 {
 		r.swap(t)
 	}
-	if n := calls.Load() - before; n > 4*turn {
+	if n := calls.Load() - before; n > 4*turn+lingerTries {
 		t.Errorf("small exchanges after a bulky stream took %d splices", n)
 	}
 	r.end(t)
@@ -419,4 +419,27 @@ func TestIdleCost(t *testing.T) {
 func raceEnabled() bool {
 	info, _ := debug.ReadBuildInfo()
 	return slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
+}
+
+// TestLinger: a stream for which lingering is of no use does so now and then alone.
+func TestLinger(t *testing.T) {
+	q := pipes.get()
+	if q == nil {
+		t.Skip("this user's quota of pipes is used up")
+	}
+	defer pipes.put(q, true)
+	var calls int
+	onSplice(t, func(_, _, _ int) (int64, error) {
+		calls++
+		return -1, unix.EAGAIN
+	})
+	s := &stream{half: &half{left: 1}, pipe: q}
+	for range maxVain + 2*lingerAgain {
+		if s.linger(-1) {
+			t.Fatal("it found something")
+		}
+	}
+	if most := (maxVain + 3) * lingerTries; calls == 0 || calls > most {
+		t.Errorf("%d calls, want %d at most", calls, most)
+	}
 }
