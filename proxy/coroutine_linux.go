@@ -29,6 +29,7 @@ func (l *lane) serveVisit(v *visit) {
 	if n := len(l.coroutines) - 1; n >= 0 {
 		c = l.coroutines[n]
 		l.coroutines = l.coroutines[:n]
+		l.unneeded = min(l.unneeded, n)
 	} else {
 		c = &coroutine{lane: l}
 		c.next, c.stop = iter.Pull(c.run)
@@ -37,7 +38,18 @@ func (l *lane) serveVisit(v *visit) {
 	l.resume(c)
 }
 
-// run serves requests until the lane ends.
+// dismiss ends half of the coroutines that have had nothing to do since the last sweep.
+func (l *lane) dismiss() {
+	for range (l.unneeded + 1) / 2 {
+		n := len(l.coroutines) - 1
+		l.coroutines[n].stop()
+		l.coroutines[n] = nil
+		l.coroutines = l.coroutines[:n]
+	}
+	l.unneeded = len(l.coroutines)
+}
+
+// run serves requests until it is not needed any more, or the lane ends.
 func (c *coroutine) run(yield func(struct{}) bool) {
 	c.yield = yield
 	for {

@@ -56,6 +56,7 @@ type lane struct {
 	again   []func()   // to be done after the events that are at hand
 
 	coroutines []*coroutine // that wait for a request
+	unneeded   int          // how many of them have all the time since the last sweep
 	head       bytes.Reader // what heads reads
 	heads      *bufio.Reader
 
@@ -231,9 +232,10 @@ func (l *lane) run() {
 			l.dispatch(&l.events[i])
 		}
 		l.doAgain()
-		if l.open > 0 && l.now.Sub(l.swept) >= l.every {
+		if l.sweeps() && l.now.Sub(l.swept) >= l.every {
 			l.swept = l.now
 			l.sweep()
+			l.dismiss()
 		}
 	}
 }
@@ -259,7 +261,7 @@ func (l *lane) await() int {
 		return 0
 	}
 	timeout := -1
-	if l.open > 0 {
+	if l.sweeps() {
 		timeout = int(l.every / time.Millisecond)
 	}
 	m, err := unix.EpollWait(l.epoll, l.events[:], timeout)
@@ -371,6 +373,9 @@ func hostOrder(p uint16) uint16 {
 
 // never is a time that does not come.
 const never = math.MaxInt64
+
+// sweeps reports whether there is anything to sweep.
+func (l *lane) sweeps() bool { return l.open > 0 || len(l.coroutines) > 0 }
 
 // sweep looks at the passages whose time has come, and touches no other: there may be
 // very many, and each is somewhere else in memory.

@@ -509,3 +509,34 @@ func TestVisitEndsInADrain(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestCoroutinesGo: a lane keeps no coroutines that it has not needed for some time.
+func TestCoroutinesGo(t *testing.T) {
+	if *withoutLanes {
+		t.Skip("this is about a lane's coroutines")
+	}
+	o := listen(t, "127.0.0.1:0")
+	g := startLanes(t, 1, policyFor("", o.port()))
+	g.resolver.set("api.ok.test", "127.0.0.1")
+	var clients []*client
+	var far []net.Conn
+	for range 10 { // under way at a time
+		c := g.dial()
+		c.send("GET http://api.ok.test:%d/ HTTP/1.1\r\nHost: x\r\n\r\n", o.port())
+		clients, far = append(clients, c), append(far, o.accept(t))
+	}
+	kept := func() (n int) {
+		g.inLane(func(l *lane) { n = len(l.coroutines) })
+		return n
+	}
+	if n := kept(); n != 0 {
+		t.Errorf("%d coroutines wait while 10 requests are under way", n)
+	}
+	for i, c := range clients {
+		io.WriteString(far[i], okAnswer)
+		c.response(http.MethodGet)
+		g.next()
+		c.Close()
+	}
+	g.until(func() bool { return kept() == 0 })
+}
